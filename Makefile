@@ -1,0 +1,64 @@
+# Two commands matter: `make quickstart` (text in, chat endpoint out) and `make test`.
+#   make quickstart MODEL=tiny-moe          the same with a Mixture-of-Experts
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu     take torch from an index of your choice
+#   make setup PYTHON=/path/to/python3.11   another interpreter
+#   make setup-vllm                         adds vLLM (CPU or CUDA build) for serve_vllm.py
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV ?= .venv
+MODEL ?= tiny
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# nvidia-smi answers only where a driver and a GPU are present: choose the packages by that.
+ACCELERATOR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
+
+.PHONY: help setup setup-vllm quickstart test test-all lint clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+setup: $(VENV)/.installed
+
+$(BIN)/python:
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	"$(PYTHON)" -m venv "$(VENV)"
+
+# The stamp is written last, so an interrupted installation is continued and a finished one is not repeated.
+$(VENV)/.installed: requirements.txt requirements-dev.txt | $(BIN)/python
+	@echo "installing for $(ACCELERATOR) into $(VENV)"
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+setup-vllm: $(VENV)/.installed-vllm
+
+$(VENV)/.installed-vllm: requirements-vllm-$(ACCELERATOR).txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-vllm-$(ACCELERATOR).txt
+ifeq ($(ACCELERATOR),cpu)
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	touch $@
+
+quickstart: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" bash recipes/quickstart.sh
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/python -m ruff check .
+
+# Generated files only; the environment stays (remove $(VENV) by hand to start anew).
+clean:
+	rm -rf out data/pretrain data/sft data/dpo data/lora data/exam .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,98 @@
+"""Serve a checkpoint as an OpenAI-compatible API, with our own engine on PyTorch (CPU or GPU).
+
+    python serve_hf.py --model_path out/quickstart/dpo
+    python serve_hf.py --model_path out/quickstart/sft --adapter out/quickstart/lora --port 0
+
+Then, from any OpenAI client:
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \
+         -d '{"messages": [{"role": "user", "content": "What is photosynthesis?"}]}'
+
+Requests are batched continuously: they join and leave between decode steps. The same request with the same
+seed gets the same answer whatever else is being served. Ctrl-C or SIGTERM stops accepting, finishes what
+runs, and exits.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from smolkit.errors import run
+from smolkit.openai_api import create_app
+from smolkit.runtime import prepare
+from smolkit.serving import (
+    add_server_arguments,
+    listen,
+    load_engine,
+    load_tokenizer,
+    serve,
+    split_adapter,
+    stop_ids_of,
+)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model_path", required=True, help="checkpoint directory, or a PEFT adapter directory"
+    )
+    parser.add_argument("--adapter", help="PEFT adapter directory, merged into the model while loading")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        help="auto: bf16 where hardware has it",
+    )
+    parser.add_argument(
+        "--max_model_len", type=int, help="longest prompt plus answer; default: the model's context"
+    )
+    parser.add_argument("--max_num_seqs", type=int, default=16, help="requests decoded together")
+    parser.add_argument(
+        "--max_queue", type=int, default=256, help="requests that may wait; more get status 503"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads of one operation; default: OMP_NUM_THREADS or all"
+    )
+    add_server_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load, listen, serve."""
+    args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    prepare(seed=None, threads=args.threads)
+    directory, adapter = split_adapter(args.model_path, args.adapter)
+    sock = listen(args.host, args.port)  # a taken port shows before the model is loaded
+    tokenizer = load_tokenizer(directory)
+    model_name = args.served_model_name or Path(args.model_path).resolve().name
+    engine = load_engine(
+        directory,
+        tokenizer,
+        model_name=model_name,
+        dtype=args.dtype,
+        adapter=adapter,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_queue=args.max_queue,
+    )
+    app = create_app(
+        engine,
+        tokenizer,
+        model_name,
+        args.api_key,
+        stop_ids=stop_ids_of(directory, tokenizer),
+        default_max_tokens=args.default_max_tokens,
+    )
+    try:
+        serve(app, sock)
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,288 @@
+"""Model directories: opening them with the checks a user wants, building new models, writing final ones."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from smol_model import PRESETS, SmolConfig, SmolForCausalLM, count_parameters, preset_config
+from smolkit.arguments import NewModelArguments
+from smolkit.chat import END_OF_TEXT, IM_END, IM_START, chat_stop_ids, save_tokenizer
+from smolkit.errors import UserError
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def require_checkpoint(directory: str | Path) -> Path:
+    """The directory, if it holds a model (config.json and safetensors); else `UserError`."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such checkpoint directory")
+    if not (directory / "config.json").is_file():
+        adapter = (directory / "adapter_config.json").is_file()
+        hint = (
+            "it is a PEFT adapter; merge it first (train_lora.py --merge)" if adapter else "not a checkpoint"
+        )
+        raise UserError(f"{directory}: no config.json in it: {hint}")
+    if not any((directory / name).is_file() for name in _WEIGHTS):
+        raise UserError(f"{directory}: no safetensors weights ({' or '.join(_WEIGHTS)}) in it")
+    return directory
+
+
+def load_tokenizer(directory: str | Path, kind: str = "auto") -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory. `kind="qwen"` insists on the ChatML control tokens.
+
+    Raises `UserError` when there is none, or when padding with its pad token would teach models not to stop.
+    """
+    directory = Path(directory)
+    if not (directory / "tokenizer.json").is_file() and not (directory / "tokenizer_config.json").is_file():
+        raise UserError(f"{directory}: no tokenizer there; train_tokenizer.py makes one")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: unreadable tokenizer: {' '.join(str(error).split())}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{directory}: needs a fast tokenizer (tokenizer.json); train_tokenizer.py --mode load"
+        )
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in (END_OF_TEXT, IM_START, IM_END) if token not in vocabulary]
+    if missing and kind == "qwen":
+        raise UserError(f"{directory}: --tokenizer_type qwen, but the tokenizer has no {', '.join(missing)}")
+    if tokenizer.pad_token_id is None and END_OF_TEXT in vocabulary:
+        tokenizer.pad_token = END_OF_TEXT
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{directory}: the tokenizer has no pad token; train_tokenizer.py --mode load adds one"
+        )
+    return tokenizer
+
+
+def require_chat(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
+    """`UserError` unless the tokenizer can render conversations with a loss mask."""
+    remedy = "run train_tokenizer.py --mode load --qwen_model DIR --save_dir DIR on it first"
+    if not tokenizer.chat_template or "generation" not in str(tokenizer.chat_template):
+        raise UserError(f"{directory}: the tokenizer's chat template has no generation marks; {remedy}")
+    if tokenizer.pad_token_id == tokenizer.get_vocab().get(IM_END):
+        raise UserError(
+            f"{directory}: pad and chat end are the same token, models would not learn to stop; {remedy}"
+        )
+
+
+def document_end_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token written after each pretraining document: <|endoftext|>, else the tokenizer's eos."""
+    return tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+
+
+def resolve_model(
+    base_model: str | None,
+    new: NewModelArguments | None,
+    tokenizer_path: str | None,
+    tokenizer_type: str,
+    chat: bool,
+) -> tuple[SmolConfig, PreTrainedTokenizerFast, str]:
+    """Configuration, tokenizer and the tokenizer's directory for the model flags of a script.
+
+    With `base_model` those of the checkpoint (and its own tokenizer by default), else of a `new` one. `chat`:
+    the tokenizer must render conversations. Raises `UserError` when they do not fit together.
+    """
+    if base_model and new is not None and new.wants_new_model():
+        raise UserError("--base_model contradicts the flags of a new model (--model_size ...); leave one out")
+    directory = tokenizer_path or base_model
+    if directory is None:
+        raise UserError("--tokenizer_path is required for a new model; train_tokenizer.py makes a tokenizer")
+    if base_model:
+        require_checkpoint(base_model)
+    tokenizer = load_tokenizer(directory, tokenizer_type)
+    if chat:
+        require_chat(tokenizer, directory)
+    if base_model:
+        return load_config(base_model, tokenizer, directory), tokenizer, directory
+    assert new is not None, "scripts without a new model require the checkpoint"
+    shape = (new.overrides(), tokenizer, new.vocab_size, new.pad_vocab_to_multiple_of)
+    return new_config(new.model_size, *shape), tokenizer, directory
+
+
+def new_config(
+    preset: str | None,
+    overrides: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int | None = None,
+    multiple_of: int = 1,
+) -> SmolConfig:
+    """Configuration of a new model whose vocabulary covers the tokenizer's entries.
+
+    `overrides` are fields of `SmolConfig`. Raises `UserError` for an unknown preset, field or value.
+    """
+    if preset is None:
+        raise UserError(f"--model_size is required for a new model; presets: {', '.join(PRESETS)}")
+    unknown = [name for name in overrides if name not in SmolConfig.__dataclass_fields__]
+    if unknown:
+        raise UserError(f"--model_overrides {unknown[0]}: no such field; see SmolConfig in smol_model.py")
+    entries = vocab_size or len(tokenizer)
+    if entries < len(tokenizer):
+        raise UserError(f"--vocab_size {entries} is less than the {len(tokenizer)} entries of the tokenizer")
+    entries = -(-entries // multiple_of) * multiple_of
+    ids = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    try:
+        return preset_config(preset, **{"vocab_size": entries, **ids, **overrides})
+    except (ValueError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def load_config(
+    directory: str | Path, tokenizer: PreTrainedTokenizerFast, tokenizer_directory: str | Path
+) -> SmolConfig:
+    """Configuration of a checkpoint directory, checked to fit the tokenizer.
+
+    Raises `UserError` when the directory is no checkpoint of a supported architecture, when the model's
+    vocabulary is smaller than the tokenizer's, or when the checkpoint brings a different tokenizer.
+    """
+    directory = require_checkpoint(directory)
+    try:
+        config = SmolConfig.from_pretrained(directory)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{directory}: {' '.join(str(error).split())}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {tokenizer_directory} has {len(tokenizer)} entries but the model in "
+            f"{directory} a vocabulary of {config.vocab_size}; use the tokenizer the model was trained with"
+        )
+    if (directory / "tokenizer.json").is_file() and Path(
+        tokenizer_directory
+    ).resolve() != directory.resolve():
+        if AutoTokenizer.from_pretrained(directory).get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"{tokenizer_directory} is not the tokenizer of {directory}; "
+                "leave --tokenizer_path out to use its own"
+            )
+    return config
+
+
+def build_model(
+    config: SmolConfig, directory: str | Path | None, dtype: torch.dtype, attention: str = "sdpa"
+) -> SmolForCausalLM:
+    """The model of `config` in `dtype` with the weights of `directory`, or random ones when it is None."""
+    if directory is None:
+        config._attn_implementation = attention
+        return SmolForCausalLM(config).to(dtype)
+    try:
+        return SmolForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, attn_implementation=attention
+        )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise UserError(f"{directory}: cannot load the weights: {' '.join(str(error).split())}") from error
+
+
+def attention_kernel(name: str, length: int, on_cpu: bool) -> str:
+    """`--attn_implementation`; auto is eager for short rows on a CPU, where it is faster."""
+    if name != "auto":
+        return name
+    return "eager" if on_cpu and length <= 512 else "sdpa"
+
+
+def row_length(length: int | None, default: int, config: SmolConfig, flag: str) -> int:
+    """The row length asked for with `flag`, or `default` cut to the context; `UserError` beyond that."""
+    if length is None:
+        return min(default, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"{flag} {length} is longer than the model's context of {config.max_position_embeddings} tokens; "
+            f"lower it, or raise max_position_embeddings of a new model with --model_overrides"
+        )
+    return length
+
+
+def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let generation stop at the end of a chat turn and at the end of a document."""
+    model.generation_config.eos_token_id = chat_stop_ids(tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.output_router_logits = False  # TRL switches it on; readers of the directory would pay for it
+
+
+def save_final(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    directory: str | Path,
+    dtype: torch.dtype,
+    card: str,
+) -> None:
+    """Write a complete model directory: weights `state` cast to `dtype`, configs, tokenizer and card.
+
+    Everything is written aside and renamed file by file, config.json last: a directory that has one is
+    complete.
+    """
+    directory = Path(directory)
+    aside = directory / ".writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    set_generation_config(model, tokenizer)
+    model.save_pretrained(aside, state_dict={name: value.to(dtype) for name, value in state.items()})
+    if isinstance(model, SmolForCausalLM):
+        config = json.loads((aside / "config.json").read_text())
+        config["dtype"] = str(dtype).removeprefix("torch.")  # what was written, not what the model trains in
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_tokenizer(tokenizer, aside)
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    move_into(aside, directory)
+
+
+def save_adapter(trainer: Any, card: str) -> None:
+    """Write a trainer's adapter as a PEFT directory, aside and renamed (call it on all processes)."""
+    directory = Path(trainer.args.output_dir)
+    aside = directory / ".writing"
+    state = (
+        trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
+    )
+    if trainer.args.should_save:
+        shutil.rmtree(aside, ignore_errors=True)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        model.save_pretrained(aside, state_dict=state)
+        save_tokenizer(trainer.processing_class, aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        move_into(aside, directory)
+    trainer.accelerator.wait_for_everyone()
+
+
+def move_into(aside: Path, directory: Path) -> None:
+    """Move the files of `aside` into `directory` (fsynced, config.json last) and remove `aside`."""
+    for stale in (*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"):
+        if not (aside / stale.name).exists():
+            stale.unlink(missing_ok=True)
+    files = sorted(
+        (path for path in aside.rglob("*") if path.is_file()), key=lambda path: path.name == "config.json"
+    )
+    for file in files:
+        target = directory / file.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(file, target)
+    shutil.rmtree(aside)
+
+
+def describe_model(config: SmolConfig) -> str:
+    """One line: architecture, parameters, vocabulary."""
+    total, active = count_parameters(config)
+    active_text = f" ({active:,} active per token)" if active != total else ""
+    return f"{config.native_type()}, {total:,} parameters{active_text}, vocabulary {config.vocab_size:,}"
+
+
+def model_card(title: str, config: SmolConfig, facts: dict[str, Any]) -> str:
+    """A short model card in Markdown with the front matter of the Hugging Face hub."""
+    lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}\n\n"
+        f"{describe_model(config)}.\n\n| | |\n|---|---|\n{lines}\n\n"
+        "Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, or serve "
+        "it with `serve_hf.py --model_path` of the toolkit that wrote it.\n"
+    )

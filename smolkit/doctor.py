@@ -1,0 +1,405 @@
+"""Reading and judging data files: every stage reads its rows through here, and errors name file and line.
+
+Formats: `.jsonl` (one JSON object per line), `.parquet` (columns with the same names) and, for pretraining,
+`.txt`. `python -m smolkit.doctor FILE...` checks whole files and prints counts and problems.
+
+Rows (schemas in data/README.md):
+    pretrain  {"text": str, "category"?: str}
+    sft       {"messages": [{"role", "content", "tool_calls"?}...], "tools"?: [...]}
+    dpo       {"prompt": str | messages, "chosen": str | messages, "rejected": str | messages}
+    exam      {"messages": [...], "answer": str | {"name", "arguments"} | list of these, "tools"?: [...]}
+
+Plain text has no record structure, so `.txt` is read as running text: a line that holds only `<|endoftext|>`
+ends a document, and without such lines consecutive paragraphs stay together (they belong to each other) until
+a document has `TEXT_DOCUMENT_CHARACTERS` characters; it then ends at the next blank line, or after four times
+that size at the next line end. Concatenating the documents with the cut lines gives the file back; only line
+ends are normalised.
+"""
+
+import argparse
+import glob
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from smolkit.chat import END_OF_TEXT, validate_messages, validate_tools
+from smolkit.errors import UserError, run
+
+Row = dict[str, Any]
+T = TypeVar("T")
+Problem = UserError
+RECORD_SUFFIXES = (".jsonl", ".parquet")
+PRETRAIN_SUFFIXES = (".jsonl", ".txt", ".parquet")
+TEXT_DOCUMENT_CHARACTERS = 20_000
+VALIDATION = "validation"
+
+
+# --- finding files ------------------------------------------------------------------------------------------
+
+
+def expand_paths(spec: str | Path | Sequence[str | Path], suffixes: Sequence[str]) -> list[Path]:
+    """Files meant by one or several files, directories (searched recursively) or glob patterns, sorted per
+    entry.
+
+    Folders called `validation` are left out unless the entry itself names one, so held-out rows are never
+    trained on by accident; hidden files are left out too. Raises `UserError` when an entry matches nothing or
+    a named file has another suffix than `suffixes`.
+    """
+    entries = [spec] if isinstance(spec, (str, Path)) else list(spec)
+    if not entries:
+        raise UserError("no data path given")
+    found: dict[Path, None] = {}
+    for entry in entries:
+        found.update(dict.fromkeys(_expand(str(entry), tuple(suffixes))))
+    return list(found)
+
+
+def _expand(entry: str, suffixes: tuple[str, ...]) -> list[Path]:
+    path, kinds = Path(entry), ", ".join(suffixes)
+    if path.is_file():
+        if path.suffix not in suffixes:
+            raise UserError(f"{path}: unsupported file type {path.suffix or '(none)'} — expected {kinds}")
+        return [path]
+    if path.is_dir():
+        root, files = path, path.rglob("*")
+    elif glob.has_magic(entry):
+        # What comes before the first wildcard was typed on purpose, so only the rest is searched for
+        # `validation`.
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+        root, files = Path(*fixed), map(Path, glob.glob(entry, recursive=True))
+    else:
+        raise UserError(f"{entry}: no such file or directory")
+    named = VALIDATION in path.parts[len(root.parts) :]
+    matches = []
+    for file in files:
+        inner = file.relative_to(root).parts
+        skipped = (VALIDATION in inner and not named) or any(
+            part.startswith(".") and part != ".." for part in inner
+        )
+        if file.suffix in suffixes and not skipped and file.is_file():
+            matches.append(file)
+    if not matches:
+        raise UserError(f"{entry}: no {kinds} file found there")
+    return sorted(matches)
+
+
+def validation_path(path: str | Path) -> Path | None:
+    """The held-out twin of a training file (`validation/` beside it, same name) or directory, or None."""
+    path = Path(path)
+    twin = path / VALIDATION if path.is_dir() else path.parent / VALIDATION / path.name
+    return twin if twin.exists() else None
+
+
+# --- reading rows -------------------------------------------------------------------------------------------
+
+
+def read_pretrain(spec: str | Path | Sequence[str | Path]) -> Iterator[Row]:
+    """Rows `{"text", ...}` of .jsonl, .txt and .parquet files; `UserError` at the first bad row."""
+    return _checked(expand_paths(spec, PRETRAIN_SUFFIXES), check_pretrain)
+
+
+def read_sft(spec: str | Path | Sequence[str | Path]) -> Iterator[Row]:
+    """Conversations `{"messages", "tools"?, ...}`; `UserError` at the first bad row."""
+    return _checked(expand_paths(spec, RECORD_SUFFIXES), check_sft)
+
+
+def read_dpo(spec: str | Path | Sequence[str | Path]) -> Iterator[Row]:
+    """Preference pairs with `prompt`, `chosen` and `rejected` as message lists (other keys kept, chosen and
+    rejected without the prompt); `UserError` at the first bad row."""
+    return _checked(expand_paths(spec, RECORD_SUFFIXES), check_dpo)
+
+
+def read_texts(spec: str | Path | Sequence[str | Path]) -> Iterator[list[str]]:
+    """The text of each row of any kind (document; messages, tools, calls): what a tokenizer learns from."""
+    return _checked(expand_paths(spec, PRETRAIN_SUFFIXES), _texts)
+
+
+def _texts(row: Row) -> list[str]:
+    kind = kind_of(row)
+    if kind == "exam":
+        raise UserError("an exam item is no training text — leave the exam file out")
+    row = CHECKS[kind](row)
+    if kind == "pretrain":
+        return [row["text"]]
+    messages = row["messages"] if kind == "sft" else row["prompt"] + row["chosen"] + row["rejected"]
+    texts = [f"{message['role']}\n{message.get('content') or ''}" for message in messages]
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    return texts + [json.dumps(item, ensure_ascii=False) for item in calls + (row.get("tools") or [])]
+
+
+def _checked(paths: Iterable[Path], check: Callable[[Row], T]) -> Iterator[T]:
+    for path in paths:
+        empty = True
+        for _, row in judged_rows(path, check):
+            if isinstance(row, Problem):
+                raise row
+            empty = False
+            yield row
+        if empty:
+            raise UserError(f"{path}: the file has no rows — remove it or fill it")
+
+
+def judged_rows(path: Path, check: Callable[[Row], T]) -> Iterator[tuple[int, T | Problem]]:
+    """(line or row number from 1, `check(row)` or the problem with the row) for every row of one file."""
+    for number, row in _raw_rows(path):
+        if not isinstance(row, Problem):
+            try:
+                row = check(row)
+            except UserError as error:
+                row = UserError(f"{path}:{number}: {error}")
+        yield number, row
+
+
+def _raw_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
+    readers = {".jsonl": _jsonl_rows, ".txt": _text_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise UserError(
+            f"{path}: unsupported file type {path.suffix or '(none)'} — expected {', '.join(readers)}"
+        )
+    try:
+        yield from readers[path.suffix](path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | Problem]]:
+    """Numbered lines decoded as UTF-8, without line ends and byte order mark."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                yield (
+                    number,
+                    UserError(
+                        f"{path}:{number}: byte {error.start} is not UTF-8 — convert the file to UTF-8"
+                    ),
+                )
+            else:
+                yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
+    for number, line in _lines(path):
+        if isinstance(line, Problem):
+            yield number, line
+        elif line and not line.isspace():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                message = f"not valid JSON ({error}) — every line must be one complete JSON object"
+                yield number, UserError(f"{path}:{number}: {message}")
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                yield number, UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+
+
+def _text_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
+    first, size, lines = 1, 0, []
+    for number, line in _lines(path):
+        if isinstance(line, Problem):
+            yield number, line
+            continue
+        blank = not line or line.isspace()
+        separator = line.strip() == END_OF_TEXT
+        if not separator:
+            lines.append(line)
+            size += len(line) + 1
+        if separator or size >= (TEXT_DOCUMENT_CHARACTERS if blank else 4 * TEXT_DOCUMENT_CHARACTERS):
+            if any(text.strip() for text in lines):
+                yield first, {"text": "\n".join(lines) + "\n"}
+            first, size, lines = number + 1, 0, []
+    if any(text.strip() for text in lines):
+        yield first, {"text": "\n".join(lines) + "\n"}
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: unreadable parquet after row {number}: {reason} — fetch the file again"
+        ) from error
+
+
+# --- judging rows -------------------------------------------------------------------------------------------
+
+
+def check_pretrain(row: Row) -> Row:
+    """The row, if `text` is a non-empty string; else `UserError` (without file and line)."""
+    text = _field(row, "text")
+    if not isinstance(text, str):
+        raise UserError(f"'text' must be a string, got {type(text).__name__}")
+    if not text.strip():
+        raise UserError("'text' is empty — remove the row")
+    _check_encodable(text)
+    return row
+
+
+def check_sft(row: Row) -> Row:
+    """The row, if its conversation can be trained on; else `UserError` (without file and line)."""
+    messages = _field(row, "messages")
+    validate_messages(messages)
+    if row.get("tools") is not None:
+        validate_tools(row["tools"])
+    _check_order(messages)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError("no assistant message, so nothing to learn — remove the row")
+    return row
+
+
+def check_dpo(row: Row) -> Row:
+    """The row with message lists, prompt apart from answers; else `UserError` (without file and line)."""
+    prompt = _field(row, "prompt")
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    validate_messages(prompt)
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise UserError("'prompt' must end with a user or tool message")
+    if row.get("tools") is not None:
+        validate_tools(row["tools"])
+    answers = {name: _answer(_field(row, name), name, prompt) for name in ("chosen", "rejected")}
+    if _essence(answers["chosen"]) == _essence(answers["rejected"]):
+        raise UserError("'chosen' and 'rejected' are the same, so there is no preference — remove the pair")
+    return {**row, "prompt": prompt, **answers}
+
+
+def check_exam(row: Row) -> Row:
+    """The row, if it asks something and names the accepted answer or answers; else `UserError`."""
+    messages = _field(row, "messages")
+    validate_messages(messages)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise UserError("'messages' must end with the question, a user or tool message")
+    if row.get("tools") is not None:
+        validate_tools(row["tools"])
+    answer = _field(row, "answer")
+    if not answer or not all(isinstance(each, (str, dict)) for each in _as_list(answer)):
+        raise UserError("'answer' must be a text, a call {'name', 'arguments'} or a list of accepted ones")
+    return row
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _answer(value: Any, name: str, prompt: list[Row]) -> list[Row]:
+    answer = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+    if not isinstance(answer, list):
+        raise UserError(f"'{name}' must be a string or a list of messages, got {type(value).__name__}")
+    if _essence(answer[: len(prompt)]) == _essence(prompt):
+        answer = answer[len(prompt) :]
+    if not answer or not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":
+        raise UserError(f"'{name}' must continue the prompt with an assistant message")
+    try:
+        validate_messages(prompt + answer)
+        _check_order(prompt + answer)
+    except UserError as error:
+        raise UserError(f"'{name}': {error}") from None
+    return answer
+
+
+def _check_order(messages: list[Row]) -> None:
+    """After a system message, if any: user first, no role twice in a row (tools apart), nothing empty."""
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    if not turns or turns[0]["role"] != "user":
+        raise UserError("the first message after the optional system message must be a user message")
+    for number, message in enumerate(turns, start=len(messages) - len(turns)):
+        role = message["role"]
+        if role != "tool" and number > 0 and messages[number - 1]["role"] == role:
+            raise UserError(f"message {number}: two {role} messages in a row — merge them")
+        if role != "tool" and not message.get("tool_calls") and not message["content"].strip():
+            raise UserError(f"message {number}: empty {role} message")
+
+
+def _essence(messages: Any) -> Any:
+    """What distinguishes message lists for the model: roles, text without surrounding space, tool calls."""
+    if not all(isinstance(message, dict) for message in messages):
+        return None
+    return [
+        (message.get("role"), str(message.get("content") or "").strip(), message.get("tool_calls") or None)
+        for message in messages
+    ]
+
+
+def _field(row: Row, name: str) -> Any:
+    if row.get(name) is None:
+        raise UserError(f"field '{name}' is missing — the row has {', '.join(map(repr, row)) or 'no fields'}")
+    return row[name]
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"'text' has an unpaired surrogate at character {error.start}") from None
+
+
+# --- command line -------------------------------------------------------------------------------------------
+
+CHECKS = {"pretrain": check_pretrain, "sft": check_sft, "dpo": check_dpo, "exam": check_exam}
+
+
+def kind_of(row: Row) -> str:
+    """The kind of row by its fields: "sft", "exam", "dpo" or "pretrain"."""
+    if "messages" in row:
+        return "exam" if "answer" in row else "sft"
+    return "dpo" if "chosen" in row or "rejected" in row else "pretrain"
+
+
+def examine(path: Path, kind: str | None = None) -> tuple[str, int, list[Problem]]:
+    """(kind, number of rows, problems) of one file; without `kind`, the first readable row decides it."""
+    rows = 0
+    problems: list[Problem] = []
+
+    def check(row: Row) -> Row:
+        nonlocal kind
+        kind = kind or kind_of(row)
+        return CHECKS[kind](row)
+
+    for _, row in judged_rows(path, check):
+        rows += 1
+        if isinstance(row, Problem):
+            problems.append(row)
+    if rows == 0:
+        problems.append(UserError(f"{path}: the file has no rows — remove it or fill it"))
+    return kind or "unknown", rows, problems
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check data files; prints one line per file and per problem, and fails when there is any problem."""
+    parser = argparse.ArgumentParser(prog="python -m smolkit.doctor", description=main.__doc__)
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="data files, directories or glob patterns")
+    parser.add_argument(
+        "--kind", choices=sorted(CHECKS), help="what the rows are (default: by the first row's fields)"
+    )
+    parser.add_argument(
+        "--max_problems", type=int, default=20, help="problems printed per file (default: 20)"
+    )
+    arguments = parser.parse_args(argv)
+    total = 0
+    for path in expand_paths(arguments.paths, PRETRAIN_SUFFIXES):
+        kind, rows, problems = examine(path, arguments.kind)
+        print(f"{path}: {kind}, {rows:,} rows, {len(problems):,} with problems")
+        for problem in problems[: arguments.max_problems]:
+            print(f"  {problem}")
+        if len(problems) > arguments.max_problems:
+            print(f"  ... and {len(problems) - arguments.max_problems:,} more (--max_problems)")
+        total += len(problems)
+    if total:
+        raise UserError(f"{total:,} problems found")
+
+
+if __name__ == "__main__":
+    run(main)

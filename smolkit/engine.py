@@ -1,0 +1,391 @@
+"""Token generation: the small `Engine` protocol, and our own continuous-batching engine over a PyTorch model.
+
+Token ids go in, token events come out; text, templates and HTTP live elsewhere. `ContinuousBatch` is the
+synchronous core (KV cache in slots, one decode step for everybody); `TorchEngine` runs it on one inference
+thread behind asyncio; `generate_batch` runs it in a plain loop for evaluation.
+
+Any causal language model with the transformers interface works: `model.base_model(...)` returning
+`last_hidden_state`, a `Cache` as `past_key_values`, and `get_output_embeddings()`.
+
+Requests join and leave between decode steps (iteration-level scheduling: Orca, Yu et al., OSDI 2022).
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from smolkit.sampling import FinishReason, GenerationRequest, Sampler, TokenEvent, logprobs_of
+from smolkit.slot_cache import SlotCache
+
+logger = logging.getLogger(__name__)
+
+COLUMN_BLOCK = 32
+
+
+class EngineBusy(RuntimeError):
+    """The waiting queue is full; the caller should try again later."""
+
+
+class EngineError(RuntimeError):
+    """Generation failed inside the engine; details are in the log, not in the message."""
+
+
+class Engine(Protocol):
+    """What the HTTP layer needs. Closing the iterator early cancels the request.
+
+    `generate` raises `EngineBusy` when it cannot take the request and `EngineError` when generation fails,
+    both while the first (or a later) event is awaited.
+    """
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]: ...
+
+
+class _Sequence:
+    """A request on its way: its sampler, the cache columns it fills, the token to feed next."""
+
+    def __init__(self, request: GenerationRequest, vocab_size: int) -> None:
+        self.request = request
+        self.sampler = Sampler(request, vocab_size)
+        self.length = 0  # columns in the cache
+        self.next_token = 0
+        self.num_generated = 0
+
+
+class ContinuousBatch:
+    """Sequences decoded together: they join by `prefill` and leave at their end or by `remove`, between steps.
+
+    `vocab_limit` cuts padded vocabulary rows off (the embedding may be larger than the tokenizer).
+    Not thread-safe: one thread owns it.
+    """
+
+    def __init__(self, model: nn.Module, vocab_limit: int | None = None) -> None:
+        # A PEFT model injects its layers into the model it wraps; the wrapped model is then the complete one.
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        attention = self.model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation {attention!r}: generation here works with sdpa and eager")
+        head = self.model.get_output_embeddings()
+        self.vocab_size = min(vocab_limit or head.weight.shape[0], head.weight.shape[0])
+        self.device = head.weight.device
+        self.sequences: list[_Sequence] = []  # sequence i lives in cache row i
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def clear(self) -> None:
+        """Forget every sequence and the cache (which may hold non-finite values after a failed step)."""
+        self.sequences.clear()
+        self.cache = SlotCache(self.model.config.num_hidden_layers)
+
+    def start(self, request: GenerationRequest) -> _Sequence:
+        """The state of a new request, to be given to `prefill`."""
+        return _Sequence(request, self.vocab_size)
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Sequence[_Sequence], pad_id: int = 0) -> list[tuple[_Sequence, TokenEvent]]:
+        """Add new sequences, run their prompts, and return the first token of each."""
+        lengths = [len(s.request.prompt_ids) for s in sequences]
+        width, first = max(lengths), len(self.sequences)
+        # Padded on the right: causal attention keeps real tokens blind to it, and decoding overwrites its
+        # columns.
+        rows = [
+            [*s.request.prompt_ids, *[pad_id] * (width - n)] for s, n in zip(sequences, lengths, strict=True)
+        ]
+        self.cache.prefill_window(first, first + len(sequences), width)
+        positions = torch.arange(width, device=self.device).expand(len(rows), -1)
+        hidden = self._hidden(torch.tensor(rows, device=self.device), positions, None)  # (rows, width, D)
+        last = torch.tensor(lengths, device=self.device) - 1
+        for sequence, length in zip(sequences, lengths, strict=True):
+            sequence.length = length
+        self.sequences.extend(sequences)
+        return self._choose(sequences, hidden[torch.arange(len(rows), device=self.device), last])
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[_Sequence, TokenEvent]]:
+        """One decode step: the next token of every sequence; finished ones have left the batch afterwards."""
+        sequences = list(self.sequences)
+        lengths = torch.tensor([s.length for s in sequences], device=self.device)
+        # Whole blocks of columns, at least one of them never visible: the attention kernel then rounds alike
+        # whoever shares the batch (measured on CPU: equal to the last bit in multiples of 32, not otherwise;
+        # a mask that is all true would take another kernel).
+        longest = max(s.length for s in sequences)
+        width = (longest + 1) // COLUMN_BLOCK * COLUMN_BLOCK + COLUMN_BLOCK
+        self.cache.decode_window(lengths, width)
+        visible = torch.arange(width, device=self.device) <= lengths[:, None]  # (rows, width)
+        tokens = torch.tensor([[s.next_token] for s in sequences], device=self.device)
+        hidden = self._hidden(tokens, lengths[:, None], self._mask(visible[:, None, None]))  # (rows, 1, D)
+        for sequence in sequences:
+            sequence.length += 1
+        return self._choose(sequences, hidden[:, -1])
+
+    def remove(self, sequence: _Sequence) -> None:
+        """Take a sequence out; the last row moves into its place."""
+        row, last = self.sequences.index(sequence), len(self.sequences) - 1
+        if row != last:
+            self.cache.move(last, row, self.sequences[last].length)
+            self.sequences[row] = self.sequences[last]
+        self.sequences.pop()
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        """(rows, 1, T, width) bool in the form the attention wants; models pass four dimensions through."""
+        if self.model.config._attn_implementation == "sdpa":
+            return visible
+        dtype = self.model.dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        output = self.model.base_model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def _choose(self, sequences: Sequence[_Sequence], hidden: Tensor) -> list[tuple[_Sequence, TokenEvent]]:
+        """Sample from the last hidden states (rows, D); sequences that end here leave the batch."""
+        logits = self.model.get_output_embeddings()(hidden)[:, : self.vocab_size].float()  # (rows, V)
+        best, finite = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
+        results = []
+        for row, sequence in enumerate(sequences):
+            if not finite[row]:
+                raise FloatingPointError("the model produced non-finite logits")
+            request = sequence.request
+            token = best[row] if sequence.sampler.plain_greedy else sequence.sampler.pick(logits[row])
+            sequence.next_token = token
+            sequence.num_generated += 1
+            finish: FinishReason | None = None
+            if token in request.stop_ids:
+                finish = "stop"
+            elif sequence.num_generated >= request.max_tokens:
+                finish = "length"
+            logprob, top = logprobs_of(logits[row], token, request.logprobs)
+            results.append((sequence, TokenEvent(token, logprob, top, finish)))
+        for sequence, event in results:
+            if event.finish_reason:
+                self.remove(sequence)
+        return results
+
+
+class _Ticket:
+    """Connects one awaiting coroutine with the inference thread."""
+
+    def __init__(self, sequence: _Sequence) -> None:
+        self.sequence = sequence
+        self.loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+        self.cancelled = False
+
+    def send(self, event: TokenEvent | Exception) -> None:
+        """Called on the inference thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the event loop has been closed: nobody is listening any more
+            self.cancelled = True
+
+
+class TorchEngine:
+    """The `Engine` over a PyTorch model: one inference thread, continuous batching, a bounded queue.
+
+    At most `max_num_seqs` sequences are decoded together and `max_queue` more wait; beyond that `generate`
+    raises `EngineBusy`. A new request is prefilled alone, so its first logits never depend on the other
+    requests.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        model_name: str = "model",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        max_queue: int = 256,
+        vocab_limit: int | None = None,
+    ) -> None:
+        self._batch = ContinuousBatch(model.eval(), vocab_limit)
+        self._name = model_name
+        self._max_model_len = min(max_model_len or 1 << 62, self._batch.model.config.max_position_embeddings)
+        self._max_num_seqs, self._max_queue = max_num_seqs, max_queue
+        self._waiting: deque[_Ticket] = deque()
+        self._running: dict[_Sequence, _Ticket] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._thread.start()
+
+    @property
+    def model_name(self) -> str:
+        return self._name
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self._max_model_len
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Yield the tokens of one request; see `Engine`. The prompt must leave room for `max_tokens`."""
+        self._check(request)
+        ticket = _Ticket(self._batch.start(request))
+        with self._changed:
+            if self._closed:
+                raise EngineError("the engine is shut down")
+            if len(self._waiting) >= self._max_queue:
+                raise EngineBusy(
+                    f"{len(self._waiting)} requests are waiting already (limit {self._max_queue})"
+                )
+            self._waiting.append(ticket)
+            self._changed.notify()
+        try:
+            while True:
+                event = await ticket.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if event.finish_reason:
+                    return
+        finally:
+            ticket.cancelled = True  # harmless when finished; otherwise the thread drops the sequence
+
+    def close(self) -> None:
+        """Stop the inference thread; unfinished requests get an `EngineError`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _check(self, request: GenerationRequest) -> None:
+        total = len(request.prompt_ids) + request.max_tokens
+        if not request.prompt_ids or request.max_tokens < 1:
+            raise ValueError("a request needs at least one prompt token and max_tokens >= 1")
+        if total > self._max_model_len:
+            raise ValueError(f"prompt plus max_tokens is {total}, the model's limit is {self._max_model_len}")
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closed or self._waiting or self._running):
+                    self._changed.wait()
+                if self._closed:
+                    self._abort(EngineError("the engine was shut down"))
+                    return
+            try:
+                self._drop_cancelled()
+                self._admit()
+                if self._running:
+                    self._deliver(self._batch.step())
+            except Exception:
+                # One bad step must not end the server: everybody in it is told, and the batch starts empty.
+                logger.exception("inference failed")
+                self._abort(EngineError("generation failed"), waiting=False)
+
+    def _drop_cancelled(self) -> None:
+        for sequence, ticket in list(self._running.items()):
+            if ticket.cancelled:
+                self._batch.remove(sequence)
+                del self._running[sequence]
+
+    def _admit(self) -> None:
+        while len(self._running) < self._max_num_seqs:
+            with self._changed:
+                if not self._waiting:
+                    return
+                ticket = self._waiting.popleft()
+            if ticket.cancelled:
+                continue
+            self._running[ticket.sequence] = ticket
+            self._deliver(self._batch.prefill([ticket.sequence]))
+
+    def _deliver(self, results: Iterable[tuple[_Sequence, TokenEvent]]) -> None:
+        for sequence, event in results:
+            ticket = self._running[sequence]
+            if event.finish_reason:
+                del self._running[sequence]
+            ticket.send(event)
+
+    def _abort(self, error: EngineError, waiting: bool = True) -> None:
+        tickets = list(self._running.values())
+        if waiting:
+            tickets += self._waiting
+            self._waiting.clear()
+        for ticket in tickets:
+            ticket.send(error)
+        self._running.clear()
+        self._batch.clear()
+
+
+def generate_batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    pad_id: int = 0,
+    *,
+    top_k: int = 0,
+    vocab_limit: int | None = None,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """Generated token ids of every prompt, in order; an answer that ended by itself ends with its stop id.
+
+    Prompts are taken by length, `batch_size` at a time, and finished rows are refilled. With a `seed`, prompt
+    i samples from generator `seed + i`, so its answer does not depend on the rest of the list.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        batch = ContinuousBatch(model, vocab_limit)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        answers: dict[_Sequence, list[int]] = {}
+        index_of: dict[_Sequence, int] = {}
+        while order or len(batch):
+            results = []
+            free = batch_size - len(batch)
+            if order and free >= max(1, batch_size // 4):  # refill in groups: a prefill has a fixed cost
+                sequences = []
+                for i in order[:free]:
+                    own_seed = None if seed is None else seed + i
+                    request = GenerationRequest(
+                        prompts[i],
+                        max_new_tokens,
+                        temperature,
+                        top_p,
+                        top_k,
+                        stop_ids=stop_ids,
+                        seed=own_seed,
+                    )
+                    sequence = batch.start(request)
+                    index_of[sequence], answers[sequence] = i, []
+                    sequences.append(sequence)
+                order = order[free:]
+                results += batch.prefill(sequences, pad_id)
+            if len(batch):
+                results += batch.step()
+            for sequence, event in results:
+                answers[sequence].append(event.token_id)
+        return [answers[s] for s in sorted(answers, key=index_of.__getitem__)]
+    finally:
+        model.train(was_training)

@@ -1,0 +1,124 @@
+"""What is asked of a generation, what comes back per token, and how the next token is chosen."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to generate. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    `stop_ids` end the answer and are reported in the last event. `logprobs` asks for the log-probability of
+    each chosen token and of that many most likely alternatives. The presence and frequency penalties count
+    generated tokens, the repetition penalty also counts the prompt (1 is off).
+    """
+
+    prompt_ids: Sequence[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_ids: Collection[int] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. The last one says why: "stop" when `token_id` is a stop id, else "length".
+
+    `logprob` and `top_logprobs` (most likely first) come from the model's own distribution, before
+    temperature.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class Sampler:
+    """Chooses the next token of one sequence from its own random generator: one uniform number per token.
+
+    Inverting the cumulative distribution (instead of drawing noise per vocabulary entry) makes the choice
+    depend on the probabilities only, so rounding differences between batch shapes almost never change it.
+    """
+
+    def __init__(self, request: GenerationRequest, vocab_size: int) -> None:
+        self.request = request
+        self.generator = torch.Generator()
+        if request.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(request.seed)
+        self.plain_greedy = request.temperature == 0 and not self._adjusts_logits()
+        self.generated = torch.zeros(vocab_size, dtype=torch.int32) if self._adjusts_logits() else None
+
+    def _adjusts_logits(self) -> bool:
+        r = self.request
+        return bool(r.presence_penalty or r.frequency_penalty or r.repetition_penalty != 1 or r.logit_bias)
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        r = self.request
+        assert self.generated is not None
+        counts = self.generated.to(logits.device)
+        if r.repetition_penalty != 1:  # CTRL (Keskar et al. 2019): shrink positive, stretch negative logits
+            seen = counts > 0
+            seen[torch.tensor([i for i in r.prompt_ids if i < len(seen)], dtype=torch.long)] = True
+            scaled = torch.where(logits > 0, logits / r.repetition_penalty, logits * r.repetition_penalty)
+            logits = torch.where(seen, scaled, logits)
+        logits = logits - r.frequency_penalty * counts - r.presence_penalty * (counts > 0)
+        for token_id, bias in r.logit_bias.items():
+            logits[token_id] += bias
+        return logits
+
+    def pick(self, logits: Tensor) -> int:
+        """The next token id from float32 logits (V,)."""
+        r = self.request
+        if self.generated is not None:
+            logits = self._adjusted(logits)
+        token_id = int(logits.argmax()) if r.temperature == 0 else self._sample(logits / r.temperature)
+        if self.generated is not None:
+            self.generated[token_id] += 1
+        return token_id
+
+    def _sample(self, scores: Tensor) -> int:
+        r = self.request
+        token_ids = None
+        if r.top_k:
+            scores, token_ids = scores.topk(min(r.top_k, len(scores)))
+        elif r.top_p < 1:
+            scores, token_ids = scores.sort(descending=True)
+        probabilities = scores.double().softmax(0)
+        if r.min_p > 0:
+            probabilities = probabilities * (probabilities >= r.min_p * probabilities.max())
+        if r.top_p < 1:  # nucleus: the smallest head whose mass reaches top_p of what is left
+            before = probabilities.cumsum(0) - probabilities
+            probabilities = probabilities * (before < r.top_p * probabilities.sum())
+        cumulative = probabilities.cumsum(0)
+        uniform = torch.rand((), dtype=torch.float64, generator=self.generator).item()
+        position = torch.searchsorted(cumulative, cumulative[-1:] * uniform, right=True)
+        last = torch.searchsorted(cumulative, cumulative[-1:])  # the last entry that has any probability
+        index = int(torch.minimum(position, last))
+        return index if token_ids is None else int(token_ids[index])
+
+
+def logprobs_of(
+    logits: Tensor, token: int, count: int | None
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    if count is None:
+        return None, ()
+    log_probabilities = logits.log_softmax(-1)
+    values, ids = log_probabilities.topk(min(count, len(logits)))
+    return float(log_probabilities[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))

@@ -1,0 +1,236 @@
+"""What the serving scripts share: checking and loading a checkpoint directory, and running an application.
+
+`serve_hf.py`, `serve_vllm.py` and `chat.py` differ in the engine and in who talks to it, not in these.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from smol_model import SmolForCausalLM
+from smolkit.chat import chat_stop_ids
+from smolkit.engine import TorchEngine
+from smolkit.errors import UserError
+from smolkit.runtime import compute_dtype, default_device
+
+logger = logging.getLogger(__name__)
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that both servers have."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: everywhere)")
+    group.add_argument(
+        "--port", type=int, default=8000, help="port to listen on; 0 takes a free one and prints it"
+    )
+    group.add_argument(
+        "--api_key",
+        default=os.environ.get("SMOLLM_API_KEY"),
+        help="key that requests must carry; the environment variable SMOLLM_API_KEY hides it from other users",
+    )
+    group.add_argument("--served_model_name", help="name in the API; default: the directory's name")
+    group.add_argument(
+        "--default_max_tokens",
+        type=int,
+        help="answer length for requests that name none; default: the context",
+    )
+
+
+def check_checkpoint(directory: str | Path) -> Path:
+    """The directory, or `UserError` when it holds no model with a tokenizer."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; --model_path takes a checkpoint directory")
+    for name, remedy in (
+        ("config.json", "give a directory written by train_*.py or any Llama/Qwen/Mixtral checkpoint"),
+        ("tokenizer_config.json", "copy the tokenizer's files into it"),
+    ):
+        if not (path / name).is_file():
+            raise UserError(f"{path}: not a checkpoint directory, {name} is missing; {remedy}")
+    return path
+
+
+def split_adapter(directory: str | Path, adapter: str | None) -> tuple[Path, Path | None]:
+    """(base model directory, adapter directory or None); `directory` itself may be a PEFT adapter."""
+    path = Path(directory)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        if adapter is not None:
+            raise UserError(
+                f"{path} is an adapter itself: give the base model as --model_path with --adapter"
+            )
+        adapter, path = str(path), Path(_base_of(path))
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"{adapter}: not a PEFT adapter directory, adapter_config.json is missing")
+    return check_checkpoint(path), None if adapter is None else Path(adapter)
+
+
+def _base_of(adapter: Path) -> str:
+    base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter}: the adapter does not name its base model; give it as --model_path")
+    return base
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory, which must have a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: the tokenizer cannot be loaded: {_first_line(error)}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{directory}: a fast tokenizer (tokenizer.json) is needed")
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{directory}: the tokenizer has no chat template; prepare it with train_tokenizer.py"
+        )
+    return tokenizer
+
+
+def stop_ids_of(directory: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that end an answer: the tokenizer's and those of generation_config.json."""
+    stops = chat_stop_ids(tokenizer)
+    if (directory / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return list(dict.fromkeys(stops))
+
+
+def load_engine(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    model_name: str,
+    dtype: str = "auto",
+    adapter: Path | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 16,
+    max_queue: int = 256,
+) -> TorchEngine:
+    """Load a checkpoint (and merge an adapter into it) and start an engine over it."""
+    try:
+        model = SmolForCausalLM.from_pretrained(directory, dtype=compute_dtype(dtype), local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from None
+    if adapter is not None:
+        model = _merged(model, adapter)
+    rows, context = model.config.vocab_size, model.config.max_position_embeddings
+    if rows < len(tokenizer):
+        raise UserError(
+            f"{directory}: the model has {rows} vocabulary rows, the tokenizer {len(tokenizer)} entries"
+        )
+    if max_model_len is not None and not 1 < max_model_len <= context:
+        raise UserError(
+            f"--max_model_len {max_model_len}: must be from 2 to the model's context of {context} tokens"
+        )
+    return TorchEngine(
+        model.to(default_device()),
+        model_name=model_name,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_queue=max_queue,
+        vocab_limit=len(tokenizer),
+    )
+
+
+def _merged(model: SmolForCausalLM, adapter: Path) -> torch.nn.Module:
+    from peft import PeftModel  # heavy, and only adapters need it
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{adapter}: the adapter does not fit the model: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, or `UserError` when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise UserError(
+            f"cannot listen on {host}:{port}: {error}; choose another --port (0: a free one)"
+        ) from None
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """The URL under which clients on this machine reach a bound socket."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """Says when it is ready."""
+
+    ready: threading.Event
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready.set()
+            for sock in sockets or []:
+                logger.info("serving at %s/v1 (documentation at %s/docs)", url_of(sock), url_of(sock))
+
+
+def _server(app: FastAPI, drain_seconds: int) -> _Server:
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=drain_seconds,
+        server_header=False,
+    )
+    server = _Server(config)
+    server.ready = threading.Event()
+    return server
+
+
+def serve(app: FastAPI, sock: socket.socket, drain_seconds: int = 30) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests finish for at most `drain_seconds`."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn handles both while it runs and then delivers them again to the handler it found: to this
+        # one, so that the process goes on to its orderly end instead of dying from the signal.
+        signal.signal(number, lambda *_: None)
+    _server(app, drain_seconds).run(sockets=[sock])
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve in a background thread on a free loopback port; gives the base URL without `/v1`."""
+    sock = listen("127.0.0.1", 0)
+    server = _server(app, drain_seconds=1)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server", daemon=True)
+    thread.start()
+    try:
+        while not server.ready.wait(0.1):
+            if not thread.is_alive():
+                raise RuntimeError("the server did not start")
+        yield url_of(sock)
+    finally:
+        server.should_exit = True
+        thread.join()
+        sock.close()

@@ -1,0 +1,23 @@
+"""HuggingFaceTB/smol-smoltalk: conversations for models below a billion parameters.
+
+{"messages": [{"role": str, "content": str}, …], "source": str}"""
+
+from smolkit.sources.base import RowContext, Source, as_messages, sft_record
+
+
+def convert(row: dict, context: RowContext) -> dict:
+    identifier = f"smol-smoltalk-{context.path.split('/')[-1].split('.')[0]}-{context.index}"
+    return sft_record(row["source"] or "smol-smoltalk", identifier, as_messages(row["messages"]))
+
+
+SOURCE = Source(
+    repo="HuggingFaceTB/smol-smoltalk",
+    part="sft",
+    columns={"messages": (list,), "source": (str,)},
+    convert=convert,
+    train=("data/train-*.parquet",),
+    held_out=("data/test-*.parquet",),
+    default=True,
+    licence="Apache-2.0",
+    size="460,341 + 24,229 conversations",
+)

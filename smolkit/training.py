@@ -1,0 +1,369 @@
+"""What all trainers share: mixins for `transformers.Trainer` and its TRL children, progress, the final model.
+
+The mixin adds fp32 master weights, whole-or-absent checkpoints without pickled arguments, a stop at the first
+non-finite loss, router statistics and cheap per-step bookkeeping. `TokenLossMixin` adds the loss of token
+prediction: a sum over trained tokens divided by their global number, in training and in evaluation.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
+from smolkit.chat import save_tokenizer
+from smolkit.checkpoints import save_final
+from smolkit.errors import UserError
+from smolkit.files import write_json
+from smolkit.optimizer import MasterAdamW
+from smolkit.packing import IGNORE
+from smolkit.runs import complete
+
+# --- trainers -----------------------------------------------------------------------------------------------
+
+
+class TrainerMixin:
+    """Put before `Trainer` or a TRL trainer in the bases. Nothing here depends on what is trained."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.progress = Progress()
+        self.add_callback(self.progress)
+        self._tokens = 0  # input tokens this process has trained on since the last log
+        self._flops_per_token: float | None = None
+        self._router: dict[str, torch.Tensor] = {}
+        self._router_batches = 0
+        self._writing: Path | None = None
+
+    def _send_telemetry(self) -> None:
+        """TRL reports each run to its authors; this toolkit makes no network calls of its own."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card is written once, with the final model."""
+
+    # optimizer
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """fp32 masters for weights that are not fp32; else the library's choice."""
+        model = self.model if model is None else model
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        plain = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.optimizer is not None
+        if plain or all(p.dtype == torch.float32 for p in trainable):
+            return super().create_optimizer(model)
+        decayed = set(self.get_decay_parameter_names(model))  # not norms, not biases
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = MasterAdamW(
+            [
+                {"params": [p for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+            ],
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+        return self.optimizer
+
+    def master_optimizer(self) -> MasterAdamW | None:
+        """The optimizer with the fp32 masters, out of accelerate's wrapper; None when there is none."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, MasterAdamW) else None
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | float:
+        masters = self.master_optimizer()
+        return masters.clip_grad_norm(self.args.max_grad_norm) if masters else super()._clip_grad_norm(model)
+
+    # steps
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        self._tokens += inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (process "
+                f"{self.args.process_index}); nothing was updated with it. Lower --learning_rate (now "
+                f"{self._get_learning_rate():.2g}), raise --warmup_steps, or look at the data of this batch"
+            )
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Training FLOPs of a micro-batch; the library's version counts the parameters anew at every step."""
+        if self._flops_per_token is None:
+            config = self.model.config
+            length = inputs["input_ids"].shape[-1]
+            exact = isinstance(config, SmolConfig)
+            self._flops_per_token = (
+                flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
+            )
+        return self._flops_per_token * inputs["input_ids"].numel()
+
+    def observe_router(self, outputs: Any) -> None:
+        """Add one micro-batch to the router statistics of the log window; does nothing for dense models."""
+        stats = getattr(outputs, "router_stats", None)
+        if stats is None:
+            return
+        with torch.no_grad():
+            load = stats.load * stats.load.shape[-1]  # 1 = an equal share
+            values = {
+                "router/aux_loss": stats.aux_loss.mean(),
+                "router/z_loss": stats.z_loss.mean(),
+                "router/entropy": stats.entropy.mean(),
+                "router/dropped": stats.dropped.mean(),
+                "router/load_max": load.amax(-1).mean(),
+                "router/load_min": load.amin(-1).mean(),
+            }
+        for name, value in values.items():
+            self._router[name] = self._router.get(name, 0.0) + value.detach()
+        self._router_batches += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            window = torch.tensor(self._tokens, device=self.args.device)
+            logs["tokens"] = int(self.accelerator.gather(window).sum())
+            self._tokens = 0
+            if self._router_batches:
+                logs |= {name: float(value) / self._router_batches for name, value in self._router.items()}
+                self._router, self._router_batches = {}, 0
+        super().log(logs, start_time)
+
+    # checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The library writes aside and the result is renamed: a checkpoint appears whole or not at all."""
+        parent = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        aside = parent / ".writing-checkpoint"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writing = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(parent / f"checkpoint-{self.state.best_global_step}")
+                self.state.save_to_json(aside / name / "trainer_state.json")
+            for file in (aside / name).rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            shutil.rmtree(parent / name, ignore_errors=True)
+            os.replace(aside / name, parent / name)
+            shutil.rmtree(aside)
+            rotate_checkpoints(str(parent), self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights, config and tokenizer; the arguments as JSON, where the library would pickle them."""
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        unwrapped.save_pretrained(directory, state_dict=state_dict)
+        if self.args.should_save:
+            save_tokenizer(self.processing_class, directory)
+            write_json(directory / "training_arguments.json", json.loads(self.args.to_json_string()))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """By `from_pretrained`: on disk the experts of a MoE have other names than in memory."""
+        target = self.model if model is None else model
+        if not isinstance(target, SmolForCausalLM) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = SmolForCausalLM.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+        return None
+
+
+class TokenLossMixin:
+    """Loss of token prediction by the model itself; put it before `TrainerMixin`.
+
+    TRL's own loss also computes the entropy and accuracy of every token, which costs more than the loss.
+    """
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss, outputs = Trainer.compute_loss(
+            self, model, {**inputs, "use_cache": False}, True, num_items_in_batch
+        )
+        self.observe_router(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Every `world_size`-th row on each process; a process that runs out gets a row without labels."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        padded = -(-len(rows) // world) * world
+
+        def collate(numbers: list[int]) -> dict[str, torch.Tensor]:
+            batch = self.data_collator([rows[min(number, len(rows) - 1)] for number in numbers])
+            batch["labels"][torch.tensor(numbers) >= len(rows)] = IGNORE
+            return batch
+
+        return DataLoader(
+            range(rank, padded, world), batch_size=self.args.eval_batch_size, collate_fn=collate
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss over trained *tokens*; the library averages over batches, whatever they hold."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        model = self.model_wrapped if sharded else self.model
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.accelerator.autocast():
+                # A divisor of 1 gives the sum; no cache and one position of logits keep it cheap.
+                loss = model(**inputs, num_items_in_batch=1, use_cache=False, logits_to_keep=1).loss
+            total += torch.stack((loss.double(), (inputs["labels"][:, 1:] != IGNORE).sum().double()))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss_sum, tokens = self.accelerator.reduce(total, "sum").tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1),
+            f"{metric_key_prefix}_tokens": int(tokens),
+        }
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset)
+        )
+
+
+# --- callbacks ----------------------------------------------------------------------------------------------
+
+
+class Progress(TrainerCallback):
+    """Progress bar on the terminal, `metrics.jsonl` (what was learned) and `timing.jsonl` (how fast) on disk.
+
+    A resumed run first cuts the files back to the step it continues from, so no step appears twice.
+    """
+
+    _TIMING = ("_runtime", "_per_second", "total_flos", "train_loss")
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.directory = Path(args.output_dir)
+        self.writes = state.is_world_process_zero
+        self.started = self.last_time = time.perf_counter()
+        self.tokens = 0
+        if not self.writes:
+            return
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            self.tokens = max(self.tokens, _cut_back(self.directory / name, state.global_step))
+        if not args.disable_tqdm:
+            from tqdm.auto import tqdm
+
+            every = 0.5 if sys.stderr.isatty() else 15.0  # a log file needs no animation
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, mininterval=every, dynamic_ncols=True
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not getattr(self, "writes", False):
+            return
+        now = time.perf_counter()
+        metrics = {"step": state.global_step}
+        timing = {"step": state.global_step}
+        for name, value in logs.items():
+            (timing if any(part in name for part in self._TIMING) else metrics)[name] = value
+        if "loss" in logs:
+            speed = logs["tokens"] / (now - self.last_time)
+            self.last_time = now
+            self.tokens = metrics["tokens"] = self.tokens + logs["tokens"]
+            timing["tokens_per_second"] = round(speed, 1)
+            if self.bar is not None:
+                self.bar.set_postfix_str(
+                    f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.2g}, {speed:,.0f} tok/s",
+                    refresh=False,
+                )
+        timing["elapsed_seconds"] = round(now - self.started, 3)
+        _append(self.directory / "timing.jsonl", timing)
+        if len(metrics) > 1 + ("epoch" in metrics):
+            _append(self.directory / "metrics.jsonl", metrics)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self.last_time = time.perf_counter()  # evaluation is not training time
+        if self.bar is not None and metrics:
+            self.bar.write(
+                f"step {state.global_step}: validation loss {metrics.get('eval_loss', float('nan')):.4f}"
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _cut_back(path: Path, step: int) -> int:
+    """Keep the rows up to `step`; returns the last token count among them."""
+    if not path.is_file():
+        return 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [row for row in rows if row["step"] <= step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return max((row.get("tokens", 0) for row in kept), default=0)
+
+
+# --- ending -------------------------------------------------------------------------------------------------
+
+
+def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
+    """The trained weights by name, in fp32 where there are masters. Call it on all processes (it gathers)."""
+    masters = trainer.master_optimizer()
+    if masters is None:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    values = masters.master_of()
+    return {name: values.get(parameter, parameter) for name, parameter in trainer.model.named_parameters()}
+
+
+def finish(trainer: TrainerMixin, dtype: torch.dtype, card: str) -> None:
+    """Write the complete final directory and mark the run as finished (weights on the main process only)."""
+    state = final_weights(trainer)
+    if trainer.args.should_save:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        save_final(model, state, trainer.processing_class, trainer.args.output_dir, dtype, card)
+        complete(trainer.args, trainer.state.global_step)
+    trainer.accelerator.wait_for_everyone()

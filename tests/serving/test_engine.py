@@ -1,0 +1,304 @@
+"""The engine against transformers' own `generate`, naive sampling, and itself alone."""
+
+import asyncio
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smol_model import SmolForCausalLM
+from smolkit.chat import chat_stop_ids
+from smolkit.engine import (
+    ContinuousBatch,
+    EngineBusy,
+    EngineError,
+    GenerationRequest,
+    TokenEvent,
+    TorchEngine,
+    generate_batch,
+)
+from smolkit.sampling import Sampler
+
+from .conftest import tiny_config
+
+Greedy = Callable[[list[int], int], list[int]]
+VOCABULARY, STOPS = 96, [3, 4, 5]
+
+
+def random_model(kind: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    if kind == "llama":  # transformers' own class: the engine needs nothing of ours
+        sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4, **sizes)
+        return LlamaForCausalLM(config).eval()
+    moe = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32) if kind == "moe" else {}
+    model = SmolForCausalLM(tiny_config(VOCABULARY, **moe)).eval()
+    if kind == "eager":
+        model.set_attn_implementation("eager")
+    return model
+
+
+def random_prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 50, (count,), generator=generator).tolist()
+    return [torch.randint(6, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("kind", ["llama", "dense", "moe", "eager"])
+def test_generate_batch_equals_generate(kind: str) -> None:
+    """Mixed lengths, rows that end early and are refilled; one prompt at a time in transformers."""
+    model, prompts = random_model(kind), random_prompts(9)
+    answers = generate_batch(model, prompts, 14, STOPS, batch_size=3)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=14, do_sample=False, eos_token_id=STOPS, pad_token_id=0
+        )
+        assert answer == output[0, len(prompt) :].tolist()
+    assert any(answer[-1] in STOPS for answer in answers) and any(len(answer) == 14 for answer in answers)
+
+
+def test_generate_batch_with_padded_vocabulary(
+    model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], greedy: Greedy
+) -> None:
+    stops = chat_stop_ids(tokenizer)
+    answers = generate_batch(model, prompts, 12, stops, vocab_limit=len(tokenizer))
+    assert answers == [greedy(prompt, 12) for prompt in prompts]
+    hot = generate_batch(model, prompts, 40, stops, temperature=3, seed=0, vocab_limit=len(tokenizer))
+    assert max(map(max, hot)) < len(tokenizer)
+    assert max(map(max, generate_batch(model, prompts, 40, stops, temperature=3, seed=0))) >= len(tokenizer)
+
+
+def test_sampled_batch_does_not_depend_on_company() -> None:
+    model, prompts = random_model("dense"), random_prompts(6)
+    sampling = dict(temperature=1.0, top_p=0.9)
+    together = generate_batch(model, prompts, 16, STOPS, seed=5, batch_size=4, **sampling)
+    alone = [generate_batch(model, [p], 16, STOPS, seed=5 + i, **sampling)[0] for i, p in enumerate(prompts)]
+    assert together == alone != generate_batch(model, prompts, 16, STOPS, seed=6, **sampling)
+
+
+def test_generate_batch_leaves_training_mode_as_it_was() -> None:
+    model = random_model("dense").train()
+    generate_batch(model, [[7, 8]], 2, STOPS)
+    assert model.training and generate_batch(model, [], 2, STOPS) == []
+
+
+def test_peft_model() -> None:
+    """A wrapped model decodes with its adapter, as `PeftModel.generate` does."""
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model("dense")
+    plain = generate_batch(model, [[7, 8, 9]], 12, STOPS)
+    config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(model, config).eval()
+    (answer,) = generate_batch(wrapped, [[7, 8, 9]], 12, STOPS)
+    ids = torch.tensor([[7, 8, 9]])
+    expected = wrapped.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=STOPS,
+        pad_token_id=0,
+    )
+    assert answer == expected[0, 3:].tolist() and [answer] != plain
+
+
+def test_logprobs_are_the_models_own() -> None:
+    """Against one uncached forward pass over the finished answer."""
+    model = random_model("dense")
+    batch, prompt = ContinuousBatch(model), [9, 10, 11]
+    request = GenerationRequest(prompt, 8, temperature=1.5, seed=0, logprobs=4)
+    events = [event for _, event in batch.prefill([batch.start(request)])]
+    while len(batch):
+        events += [event for _, event in batch.step()]
+    tokens = [event.token_id for event in events]
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for row, event in zip(expected, events, strict=True):
+        assert event.logprob == pytest.approx(float(row[event.token_id]), abs=1e-4)
+        values, ids = row.topk(4)
+        assert [i for i, _ in event.top_logprobs] == ids.tolist()
+        assert [v for _, v in event.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+# --- sampling
+# -------------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -3.0])
+
+
+def naive_probabilities(
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> list[float]:
+    """The definitions, over plain lists."""
+    weights = [math.exp(x / temperature) for x in LOGITS.tolist()]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])
+    kept = order[:top_k] if top_k else order
+    kept = [i for i in kept if weights[i] >= min_p * weights[order[0]]]
+    mass, nucleus = sum(weights[i] for i in kept), []
+    for i in kept:
+        nucleus.append(i)
+        if sum(weights[j] for j in nucleus) >= top_p * mass:
+            break
+    total = sum(weights[i] for i in nucleus)
+    return [weights[i] / total if i in nucleus else 0.0 for i in range(len(weights))]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.3},
+        {"temperature": 2.0, "top_k": 5, "top_p": 0.8, "min_p": 0.2},
+        {"top_p": 1e-9},
+    ],
+)
+def test_sampling_frequencies(settings: dict[str, float]) -> None:
+    expected = naive_probabilities(**settings)
+    sampler = Sampler(GenerationRequest([0], 1, seed=0, **settings), len(LOGITS))
+    draws = 1500
+    counts = torch.bincount(torch.tensor([sampler.pick(LOGITS) for _ in range(draws)]), minlength=len(LOGITS))
+    for count, probability in zip(counts.tolist(), expected, strict=True):
+        spread = math.sqrt(probability * (1 - probability) / draws)
+        assert abs(count / draws - probability) <= 5 * spread
+
+
+def test_greedy_penalties_and_bias() -> None:
+    """Hand-computed: what is chosen first loses its lead by the penalty, bias lifts or bans a token."""
+
+    def picks(count: int, prompt: list[int] | None = None, **settings: object) -> list[int]:
+        request = GenerationRequest(prompt or [6], count, temperature=0, **settings)
+        sampler = Sampler(request, len(LOGITS))
+        return [sampler.pick(LOGITS.clone()) for _ in range(count)]
+
+    assert picks(3) == [0, 0, 0]
+    # logits 2, 1.5, 1: after one use of token 0 it has 1.4; token 1 then has 0.9; 0 leads again, then 2 (1.0)
+    assert picks(4, frequency_penalty=0.6) == [0, 1, 0, 2]
+    assert picks(4, presence_penalty=0.6) == [0, 1, 0, 0]  # once only: 1.4 stays ahead of 1.0
+    assert picks(2, repetition_penalty=2.0) == [0, 1]
+    assert picks(1, prompt=[0], repetition_penalty=2.0) == [1]
+    assert picks(1, logit_bias={6: 100.0}) == [6] and picks(1, logit_bias={0: -100.0}) == [1]
+
+
+# --- the asynchronous engine --------------------------------------------------------------------------------
+
+
+async def collect(engine: TorchEngine, request: GenerationRequest, delay: float = 0) -> list[TokenEvent]:
+    await asyncio.sleep(delay)
+    return [event async for event in engine.generate(request)]
+
+
+def request_of(prompt: list[int], number: int = 0, max_tokens: int = 12) -> GenerationRequest:
+    return GenerationRequest(prompt, max_tokens, (number % 2) * 1.0, seed=number, stop_ids=STOPS)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_late_arrivals_change_nothing(kind: str) -> None:
+    model, prompts = random_model(kind), random_prompts(8)
+    engine = TorchEngine(model, max_num_seqs=4)
+
+    async def run() -> None:
+        requests = [request_of(prompt, number) for number, prompt in enumerate(prompts)]
+        alone = [await collect(engine, request) for request in requests]
+        together = await asyncio.gather(*(collect(engine, r, 0.004 * i) for i, r in enumerate(requests)))
+        assert together == alone
+        assert all(events[-1].finish_reason and not events[0].logprob for events in alone)
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_bf16_answers_do_not_depend_on_company() -> None:
+    """bf16 logits have many near ties, so any change of rounding would show."""
+    model, prompts = random_model("dense").to(torch.bfloat16), random_prompts(8)
+    alone = [generate_batch(model, [prompt], 12, STOPS)[0] for prompt in prompts]
+    batch, answers = ContinuousBatch(model), {}
+    waiting = [batch.start(GenerationRequest(p, 12, 0.0, stop_ids=STOPS)) for p in prompts]
+    order = list(waiting)
+    while waiting or len(batch):
+        events = batch.prefill([waiting.pop(0)]) if waiting else []  # one joins at every step
+        for sequence, event in events + (batch.step() if len(batch) else []):
+            answers.setdefault(sequence, []).append(event.token_id)
+    assert [answers[sequence] for sequence in order] == alone
+
+
+def test_cancelling_frees_the_place() -> None:
+    engine = TorchEngine(random_model("dense"), max_num_seqs=1)
+
+    async def run() -> None:
+        endless = GenerationRequest([7, 8, 9], 200, 0.0)
+        stream = engine.generate(endless)
+        await anext(stream)
+        waiting = asyncio.create_task(collect(engine, request_of([10, 11])))
+        abandoned = asyncio.create_task(collect(engine, endless))
+        await asyncio.sleep(0)
+        abandoned.cancel()
+        await stream.aclose()
+        assert await asyncio.wait_for(waiting, 20) == await collect(engine, request_of([10, 11]))
+        assert engine.num_running == engine.num_waiting == 0
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_queue_limit() -> None:
+    engine = TorchEngine(random_model("dense"), max_num_seqs=1, max_queue=1)
+
+    async def run() -> None:
+        endless = GenerationRequest([7, 8, 9], 250, 0.0)
+        first = engine.generate(endless)
+        await anext(first)
+        second = asyncio.create_task(collect(engine, request_of([9])))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineBusy, match="limit 1"):
+            await collect(engine, request_of([10]))
+        await first.aclose()
+        assert await second
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_a_failing_step_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("dense")
+    engine = TorchEngine(model)
+
+    async def run() -> None:
+        expected = await collect(engine, request_of([7, 8]))
+        embedding = model.model.embed_tokens
+        with torch.no_grad():
+            kept = embedding.weight[9].clone()
+            embedding.weight[9] = torch.nan
+            with pytest.raises(EngineError, match="generation failed"):
+                await collect(engine, request_of([7, 9]))
+            embedding.weight[9] = kept
+        assert await collect(engine, request_of([7, 8])) == expected
+
+    asyncio.run(run())
+    engine.close()
+
+    async def closed() -> None:
+        with pytest.raises(EngineError, match="shut down"):
+            await collect(engine, request_of([7, 8]))
+
+    asyncio.run(closed())
+
+
+def test_limits_are_checked() -> None:
+    engine = TorchEngine(random_model("dense"), max_model_len=32)
+
+    async def run() -> None:
+        for prompt, max_tokens in (([], 4), ([7], 0), ([7] * 30, 3)):
+            with pytest.raises(ValueError, match="token"):
+                await collect(engine, request_of(prompt, max_tokens=max_tokens))
+        assert engine.max_model_len == 32
+
+    asyncio.run(run())
+    engine.close()

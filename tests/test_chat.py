@@ -1,0 +1,555 @@
+"""The renderer against hand-computed ids, the literal layout and transformers' own template path; parsing."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import train_tokenizer
+from smolkit.chat import (
+    CHAT_TEMPLATE,
+    add_chat_tokens,
+    chat_stop_ids,
+    encode_text,
+    encode_texts,
+    parse_tool_calls,
+    render,
+    validate_messages,
+    validate_tools,
+)
+from smolkit.errors import UserError
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "天气 of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    },
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
+]
+
+
+def call(name: str, arguments: dict | str) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CONVERSATIONS = {
+    "user": [{"role": "user", "content": "Where is Ada?"}],
+    "one turn": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
+    "chinese": [
+        {"role": "system", "content": "你是一个助手。"},
+        {"role": "user", "content": "苏晴住在哪里？"},
+        {"role": "assistant", "content": "苏晴住在 3 号灯塔。"},
+    ],
+    "empty system": [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ],
+    "whitespace": [
+        {"role": "system", "content": "\n\n two  spaces \n"},
+        {"role": "user", "content": "\n\n\n  indented\n\tcode\n\n"},
+        {"role": "assistant", "content": " \n \n  answer \n\n"},
+        {"role": "user", "content": " "},
+        {"role": "assistant", "content": "1234 567\r\n\r\n"},
+    ],
+    "multi turn": [
+        {"role": "user", "content": "What is 12 + 30?"},
+        {"role": "assistant", "content": "It is 42."},
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "You're welcome 😀 é"},
+    ],
+    "tool call": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather in 北京?"},
+        {"role": "assistant", "content": "", "tool_calls": [call("get_weather", {"city": "北京"})]},
+        {"role": "tool", "content": '{"sky": "clear"}'},
+        {"role": "assistant", "content": "Clear."},
+    ],
+    "several calls": [
+        {"role": "user", "content": "Add and tell"},
+        {
+            "role": "assistant",
+            "content": "Both:\n",
+            "tool_calls": [call("add", {"a": 1, "b": [2.5, None, True]}), call("get_weather", {})],
+        },
+        {"role": "tool", "content": "3.5"},
+        {"role": "tool", "content": "\nrain\n"},
+        {"role": "assistant", "content": None, "tool_calls": [call("add", '{"q": "a \\"b\\" {c}"}')]},
+        {"role": "tool", "content": ""},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """A small trained tokenizer with merges, newlines and Chinese among them."""
+    folder = tmp_path_factory.mktemp("chat")
+    texts = [json.dumps({"messages": c, "tools": TOOLS}) for c in CONVERSATIONS.values() if len(c) > 1]
+    data = folder / "sft.jsonl"
+    rows = [row for row in texts if '"content": " "' not in row] * 3
+    data.write_text("\n".join(rows), encoding="utf-8")
+    options = ["--vocab_size", "600", "--extra_special_tokens"]
+    train_tokenizer.main(
+        ["--mode", "train", "--data_path", str(data), "--save_dir", str(folder / "tok"), *options]
+    )
+    return AutoTokenizer.from_pretrained(folder / "tok")
+
+
+@pytest.fixture(scope="module")
+def qwen_dir(samples: Path) -> Path:
+    return samples / "qwen2.5_tokenizer"
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen_dir: Path) -> PreTrainedTokenizerFast:
+    """The real Qwen2.5 tokenizer (NFC normalizer, 151k merges) fitted for chat."""
+    tokenizer = AutoTokenizer.from_pretrained(qwen_dir)
+    add_chat_tokens(tokenizer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["trained", "qwen"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """No merges: every byte is one token, numbered in GPT-2's byte order, so ids can be computed by hand."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert add_chat_tokens(tokenizer) == 7
+    return tokenizer
+
+
+# --- golden ids ---------------------------------------------------------------------------------------------
+
+# In GPT-2's byte order "!" to "~" are 0 to 93, newline is 198 and space 220; control tokens come next:
+END_OF_TEXT, IM_END, IM_START, CALL, END_CALL, RESPONSE, END_RESPONSE = range(256, 263)
+SYSTEM = [82, 88, 82, 83, 68, 76, 198]  # "system\n"
+USER = [84, 82, 68, 81, 198]
+ASSISTANT = [64, 82, 82, 72, 82, 83, 64, 77, 83, 198]
+
+
+def test_control_token_ids_are_as_the_golden_lists_assume(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    names = "<|endoftext|> <|im_end|> <|im_start|> <tool_call> </tool_call> <tool_response> </tool_response>"
+    assert byte_tokenizer.convert_tokens_to_ids(names.split()) == list(range(256, 263))
+
+
+def test_golden_multi_turn_with_system(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    rendered = render(
+        byte_tokenizer,
+        [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "a b"},
+            {"role": "assistant", "content": "Hi"},
+            {"role": "user", "content": "你"},
+            {"role": "assistant", "content": "!"},
+        ],
+    )
+    expected = [
+        ([IM_START, *SYSTEM, 50, IM_END, 198], 0),
+        ([IM_START, *USER, 64, 220, 65, IM_END, 198], 0),
+        ([IM_START, *ASSISTANT], 0),
+        ([39, 72, IM_END], 1),  # every assistant turn is trained, with its end
+        ([198], 0),  # but not the newline after it: nobody generates that
+        ([IM_START, *USER, 160, 121, 254, IM_END, 198], 0),  # 你 = E4 BD A0
+        ([IM_START, *ASSISTANT], 0),
+        ([0, IM_END], 1),
+        ([198], 0),
+    ]
+    assert rendered.input_ids == [i for ids, _ in expected for i in ids]
+    assert rendered.loss_mask == [trained for ids, trained in expected for _ in ids]
+
+
+def test_golden_tool_turns(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    rendered = render(
+        byte_tokenizer,
+        [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": None, "tool_calls": [call("f", {"a": 1})]},
+            {"role": "tool", "content": "2"},
+            {"role": "tool", "content": "3"},
+        ],
+        add_generation_prompt=True,
+    )
+    body = [ord(c) - 33 if c != " " else 220 for c in '{"name": "f", "arguments": {"a": 1}}']
+    expected = [
+        ([IM_START, *USER, 87, IM_END, 198, IM_START, *ASSISTANT], 0),
+        ([CALL, 198, *body, 198, END_CALL, IM_END], 1),
+        ([198, IM_START, *USER, RESPONSE, 198, 17, 198, END_RESPONSE], 0),
+        ([198, RESPONSE, 198, 18, 198, END_RESPONSE, IM_END, 198], 0),
+        ([IM_START, *ASSISTANT], 0),
+    ]
+    assert rendered.input_ids == [i for ids, _ in expected for i in ids]
+    assert rendered.loss_mask == [trained for ids, trained in expected for _ in ids]
+
+
+def test_empty_system_message_leaves_no_turn(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    rendered = render(byte_tokenizer, CONVERSATIONS["empty system"])
+    assert rendered.input_ids[: 1 + len(USER)] == [IM_START, *USER]
+
+
+def test_layout_literally(trained: PreTrainedTokenizerFast) -> None:
+    text = trained.decode(render(trained, CONVERSATIONS["several calls"], TOOLS).input_ids)
+    assert text == (
+        "<|im_start|>system\n# Tools\n<tools>\n"
+        '{"name": "get_weather", "description": "天气 of a city", "parameters": '
+        '{"type": "object", "properties": {"city": {"type": "string"}}}}\n'
+        '{"name": "add", "description": "", "parameters": {"type": "object"}}\n'
+        "</tools><|im_end|>\n"
+        "<|im_start|>user\nAdd and tell<|im_end|>\n"
+        "<|im_start|>assistant\nBoth:\n\n"
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2.5, null, true]}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n3.5\n</tool_response>\n"
+        "<tool_response>\n\nrain\n\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "add", "arguments": {"q": "a \\"b\\" {c}"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n\n</tool_response><|im_end|>\n"
+    )
+    with_system = trained.decode(render(trained, CONVERSATIONS["tool call"], TOOLS[1:]).input_ids)
+    assert with_system.startswith('<|im_start|>system\nBe brief.\n\n# Tools\n<tools>\n{"name": "add"')
+
+
+# --- equality with the template that other programs run -----------------------------------------------------
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_equals_apply_chat_template(
+    tokenizer: PreTrainedTokenizerFast, name: str, add_generation_prompt: bool, tools: list | None
+) -> None:
+    rendered = render(tokenizer, CONVERSATIONS[name], tools, add_generation_prompt)
+    theirs = tokenizer.apply_chat_template(
+        CONVERSATIONS[name],
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    assert rendered.input_ids == theirs["input_ids"]
+    assert rendered.loss_mask == theirs["assistant_masks"]
+
+
+def test_arguments_as_object_or_json_string_render_alike(tokenizer: PreTrainedTokenizerFast) -> None:
+    arguments = {"city": "北京", "days": 3}
+    spaced_oddly = json.dumps(arguments, separators=(",", ":"))
+    conversation = CONVERSATIONS["user"] + [{"role": "assistant", "content": ""}]
+    ids = []
+    for value in (arguments, json.dumps(arguments, ensure_ascii=False), spaced_oddly):
+        conversation[-1] = {**conversation[-1], "tool_calls": [call("f", value)]}
+        ids.append(render(tokenizer, conversation).input_ids)
+    assert ids[0] == ids[1] == ids[2]
+    conversation[-1]["tool_calls"] = [call("f", json.dumps(arguments, ensure_ascii=False))]
+    assert tokenizer.apply_chat_template(conversation, return_dict=False) == ids[0]
+    # the inner form without "function", as some clients send it
+    conversation[-1]["tool_calls"] = [{"name": "f", "arguments": arguments}]
+    assert tokenizer.apply_chat_template(conversation, return_dict=False) == ids[0]
+
+
+def test_template_survives_a_save_and_an_extra_tool_field(
+    trained: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    trained.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.chat_template == CHAT_TEMPLATE
+    # vLLM hands over tools with every field of its schema, absent ones as None
+    verbose = [
+        {"type": "function", "function": {"description": None, "strict": None, **TOOLS[1]["function"]}}
+    ]
+    assert render(loaded, CONVERSATIONS["user"], verbose) == render(trained, CONVERSATIONS["user"], TOOLS[1:])
+
+
+def test_template_itself_refuses_what_we_refuse(trained: PreTrainedTokenizerFast) -> None:
+    user = {"role": "user", "content": "x"}
+    with pytest.raises(Exception, match="system message must be the first"):
+        trained.apply_chat_template([user, {"role": "system", "content": "late"}])
+    with pytest.raises(Exception, match="unknown role"):
+        trained.apply_chat_template([{"role": "critic", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "reply", ["Hi", "\n\nHi", " \n Hi\n", "", "  ", "，好", "\u0301x", "\u3000中文", "\r\na"]
+)
+@pytest.mark.parametrize("name", ["user", "whitespace", "tool call"])
+def test_prompt_ids_are_a_prefix_of_prompt_and_reply(
+    tokenizer: PreTrainedTokenizerFast, name: str, reply: str
+) -> None:
+    prompt = render(tokenizer, CONVERSATIONS[name], TOOLS, add_generation_prompt=True)
+    whole = render(tokenizer, [*CONVERSATIONS[name], {"role": "assistant", "content": reply}], TOOLS)
+    length = len(prompt.input_ids)
+    assert whole.input_ids[:length] == prompt.input_ids
+    assert whole.loss_mask[length:] == [1] * (len(whole.input_ids) - length - 1) + [0]
+    assert whole.input_ids[-2] == tokenizer.eos_token_id
+
+
+# --- text stays text ----------------------------------------------------------------------------------------
+
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<tool_response>"]
+
+
+@pytest.mark.parametrize("word", CONTROL)
+def test_control_words_in_text_stay_text(tokenizer: PreTrainedTokenizerFast, word: str) -> None:
+    text = f"a{word}b {word}\n{word[:-1]}{word}"
+    conversation = [
+        {"role": "system", "content": text},
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": text, "tool_calls": [call("f" + word, {word: [text]})]},
+        {"role": "tool", "content": text},
+        {"role": "assistant", "content": text},
+    ]
+    tools = [{"type": "function", "function": {"name": "f" + word, "description": text, "parameters": {}}}]
+    rendered = render(tokenizer, conversation, tools)
+    as_written = tokenizer.apply_chat_template(conversation, tools=tools, tokenize=False)
+    assert tokenizer.decode(rendered.input_ids) == as_written
+    harmless = json.loads(json.dumps([conversation, tools]).replace(word, "-"))
+    reference = render(tokenizer, *harmless)
+    for token in CONTROL:
+        identifier = tokenizer.convert_tokens_to_ids(token)
+        assert rendered.input_ids.count(identifier) == reference.input_ids.count(identifier), token
+    spelled_out = encode_text(tokenizer, word)
+    assert len(spelled_out) > 1 and tokenizer.decode(spelled_out) == word
+
+
+def test_random_text_is_kept_whole_and_in_its_place(trained: PreTrainedTokenizerFast) -> None:
+    pick = random.Random(0)
+    parts = [
+        *CONTROL,
+        "<",
+        "|",
+        "im_end",
+        "\n",
+        " ",
+        "\t",
+        "灯",
+        "x1",
+        "\ufdd0",
+        "\ufdd1",
+        "</",
+        "\x00",
+        "😀",
+    ]
+    end, start = (trained.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|im_start|>"))
+    for _ in range(200):
+        turns = [
+            {"role": role, "content": "".join(pick.choices(parts, k=pick.randrange(12)))}
+            for role in ("user", "assistant") * pick.randrange(1, 3)
+        ]
+        rendered = render(trained, turns)
+        assert trained.decode(rendered.input_ids) == trained.apply_chat_template(turns, tokenize=False)
+        assert rendered.input_ids.count(end) == rendered.input_ids.count(start) == len(turns)
+        trained_ids = [i for i, mask in zip(rendered.input_ids, rendered.loss_mask, strict=True) if mask]
+        answers = "".join(turn["content"].lstrip() + "<|im_end|>" for turn in turns[1::2])
+        assert trained.decode(trained_ids) == answers
+
+
+def test_every_noncharacter_at_once_is_refused(trained: PreTrainedTokenizerFast) -> None:
+    content = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    with pytest.raises(UserError, match="all of the noncharacters"):
+        render(trained, [{"role": "user", "content": content}])
+    some = [{"role": "user", "content": content[:-1] + "<|im_end|>"}]
+    assert trained.decode(render(trained, some).input_ids) == trained.apply_chat_template(
+        some, tokenize=False
+    )
+
+
+def test_plain_encoding_equals_the_tokenizers_own_for_ordinary_text(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    texts = [
+        "",
+        "Ada lives at 12 Hill Road.",
+        "苏晴住在哪里？\n\n  缩进",
+        "Cafe\u0301 é ñ",
+        " \r\n\t x",
+        "１２ Ⅷ ½",
+    ]
+    assert [encode_text(tokenizer, text) for text in texts] == tokenizer(texts)["input_ids"]
+    assert encode_texts(tokenizer, texts) == tokenizer(texts)["input_ids"]
+
+
+def test_tokens_added_later_are_seen(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    render(byte_tokenizer, CONVERSATIONS["user"])
+    byte_tokenizer.add_tokens(["<late>"])
+    late = byte_tokenizer.convert_tokens_to_ids("<late>")
+    assert late not in render(byte_tokenizer, [{"role": "user", "content": "<late>"}]).input_ids
+
+
+# --- foreign tokenizers and templates -----------------------------------------------------------------------
+
+
+def test_qwens_own_template_is_rendered_as_qwen_does(qwen_dir: Path) -> None:
+    original = AutoTokenizer.from_pretrained(qwen_dir)
+    for name in ("one turn", "chinese", "tool call"):
+        rendered = render(original, CONVERSATIONS[name], TOOLS, add_generation_prompt=True)
+        assert rendered.input_ids == original.apply_chat_template(
+            CONVERSATIONS[name], tools=TOOLS, add_generation_prompt=True, return_dict=False
+        )
+        assert not any(rendered.loss_mask)  # no generation marks: nothing can be said to be the assistant's
+    attack = render(original, [{"role": "user", "content": "<|im_end|>"}])
+    assert attack.input_ids.count(original.convert_tokens_to_ids("<|im_end|>")) == 2  # system and user turn
+
+
+def test_thought_tokens_count_in_assistant_text_only(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    byte_tokenizer.add_tokens(["<think>", "</think>"])
+    think = byte_tokenizer.convert_tokens_to_ids("<think>")
+    turns = [{"role": "user", "content": "<think>"}, {"role": "assistant", "content": "<think>x</think>y"}]
+    rendered = render(byte_tokenizer, turns)
+    assert [mask for i, mask in zip(rendered.input_ids, rendered.loss_mask, strict=True) if i == think] == [1]
+
+
+def test_space_swallowing_tokens_match_the_tokenizer(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    byte_tokenizer.add_tokens([AddedToken("<|sep|>", rstrip=True, lstrip=True, normalized=False)])
+    byte_tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' <|sep|>\n next' }}{% endfor %}"
+    turns = CONVERSATIONS["user"]
+    assert render(byte_tokenizer, turns).input_ids == byte_tokenizer.apply_chat_template(
+        turns, return_dict=False
+    )
+
+
+def test_chat_tokens_on_an_existing_tokenizer(qwen_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(qwen_dir)
+    kept = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"])
+    assert add_chat_tokens(tokenizer, ["<file_sep>"]) == 3  # <tool_response>, </tool_response>, <file_sep>
+    assert add_chat_tokens(tokenizer, ["<file_sep>"]) == 0
+    assert (
+        tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"])
+        == kept
+    )
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+    assert chat_stop_ids(tokenizer) == [151645, 151643]
+    ids = tokenizer("<tool_call><file_sep>")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call>"
+
+
+# --- bad conversations --------------------------------------------------------------------------------------
+
+USER_TURN = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "non-empty list"),
+        ("hello", "non-empty list"),
+        ([{"role": "critic", "content": "x"}], "message 0: role must be one of"),
+        ([{"content": "x"}], "message 0: role must be one of"),
+        (["x"], "message 0: role must be one of"),
+        ([{"role": "user"}], r"message 0 \(user\): content must be a string, got None"),
+        ([{"role": "user", "content": 3}], "content must be a string, got 3"),
+        ([USER_TURN, {"role": "assistant", "content": None}], "content must be a string"),
+        ([USER_TURN, {"role": "system", "content": "x"}], "message 1: a system message must be the first"),
+        ([USER_TURN, {"role": "tool", "content": "x"}], "message 1: a tool message must follow"),
+        ([{**USER_TURN, "tool_calls": [call("f", {})]}], "only assistant messages"),
+        ([USER_TURN, {"role": "assistant", "content": "", "tool_calls": {"a": 1}}], "must be a list"),
+        (
+            [USER_TURN, {"role": "assistant", "content": "", "tool_calls": ["f"]}],
+            "needs a function with a name",
+        ),
+        ([USER_TURN, {"role": "assistant", "content": "", "tool_calls": [call("f", "{a")]}], "are not JSON"),
+        (
+            [USER_TURN, {"role": "assistant", "content": "", "tool_calls": [call("f", "[1]")]}],
+            "a JSON object",
+        ),
+        ([{"role": "user", "content": "\ud800"}], "unpaired surrogate at character 0"),
+        (
+            [USER_TURN, {"role": "assistant", "content": "", "tool_calls": [call("f", '{"a":' * 9999)]}],
+            "are not JSON",
+        ),
+        (
+            [USER_TURN, {"role": "assistant", "content": "", "tool_calls": [call("f", {"a": {1, 2}})]}],
+            "as JSON",
+        ),
+    ],
+)
+def test_bad_messages_are_named(trained: PreTrainedTokenizerFast, messages: object, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        validate_messages(messages)
+    with pytest.raises(UserError, match=complaint):
+        render(trained, messages)
+
+
+@pytest.mark.parametrize("tools", ["f", [{}], [{"function": {"name": 3}}], ["f"]])
+def test_bad_tools_are_named(tools: object) -> None:
+    with pytest.raises(UserError, match="tool"):
+        validate_tools(tools)
+
+
+def test_a_refusing_template_is_a_user_error(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    byte_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="refused the conversation: roles must alternate"):
+        render(byte_tokenizer, CONVERSATIONS["user"])
+
+
+# --- parsing calls back -------------------------------------------------------------------------------------
+
+
+def one(name: str, arguments: dict) -> str:
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{body}\n</tool_call>"
+
+
+@pytest.mark.parametrize("content", ["", "Let me look.", "Two\nlines\n", "ends with }"])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [],
+        [("get_weather", {"city": "北京"})],
+        [("add", {"a": 1, "b": -2.5}), ("add", {"nested": {"x": [{"y": {}}]}, "null": None})],
+        [("f", {"text": 'braces } { and "quotes" and </tool_call> and <tool_call> inside \n'})],
+    ],
+)
+def test_parsing_inverts_rendering(
+    trained: PreTrainedTokenizerFast, content: str, calls: list[tuple[str, dict]]
+) -> None:
+    reply = {"role": "assistant", "content": content, "tool_calls": [call(*each) for each in calls]}
+    rendered = render(trained, [USER_TURN, reply])
+    ids = [i for i, mask in zip(rendered.input_ids, rendered.loss_mask, strict=True) if mask]
+    text = trained.decode(ids, skip_special_tokens=True)
+    expected = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    assert parse_tool_calls(text) == (content, expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\n{bad json}\n</tool_call>",
+        '<tool_call>\n{"name": "f"}\n</tool_call>',
+        '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": "{}"}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": NaN}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {}} and more</tool_call>',
+        '<tool_call>\n["f"]\n</tool_call>',
+        "<tool_call>",
+        '<tool_call>{"name": "f", "argum',
+        "<tool_call>" + "[" * 100_000,
+        "no call, just {braces} and </tool_call>",
+    ],
+)
+def test_malformed_calls_stay_in_the_content(text: str) -> None:
+    assert parse_tool_calls(text) == (text, [])
+    assert parse_tool_calls(f"{text} {one('f', {})}") == (f"{text} ", [{"name": "f", "arguments": {}}])
+
+
+def test_text_around_calls_and_a_missing_end() -> None:
+    text = f"before\n{one('f', {'a': {'b': '}'}})}\nbetween\n{one('g', {})} after"
+    content, calls = parse_tool_calls(text)
+    assert content == "before\nbetween after"
+    assert [each["name"] for each in calls] == ["f", "g"]
+    assert parse_tool_calls(one("f", {}).removesuffix("\n</tool_call>")) == (
+        "",
+        [{"name": "f", "arguments": {}}],
+    )
+    assert parse_tool_calls('<tool_call>{"name":"f","arguments":{}}</tool_call>')[1][0]["name"] == "f"

@@ -1,0 +1,176 @@
+"""Align a fine-tuned model with preference pairs by Direct Preference Optimization (arXiv:2305.18290).
+
+  python train_dpo.py --data_path data/dpo/dpo_data.jsonl --model_path output/sft --output_dir output/dpo
+
+Rows are {"prompt", "chosen", "rejected"}: strings or lists of messages. The model in --model_path is the
+policy to train and the reference it is compared with; before step 1 both must give every answer the same
+log-probability. Pairs whose sides are equal are refused. Every loss of TRL is available (--loss_type), and
+--rpo_alpha adds the likelihood of the chosen answers. Runs under python, torchrun, accelerate launch and
+deepspeed. Running the same command again continues an interrupted run.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from trl import DPOTrainer
+
+from smolkit.arguments import DpoArguments, DpoTrainingArguments, parse
+from smolkit.checkpoints import (
+    attention_kernel,
+    build_model,
+    describe_model,
+    load_config,
+    model_card,
+    resolve_model,
+    row_length,
+)
+from smolkit.doctor import RECORD_SUFFIXES, read_dpo
+from smolkit.errors import UserError, run
+from smolkit.packing import render_preferences
+from smolkit.runs import open_job
+from smolkit.runtime import prepare
+from smolkit.training import TrainerMixin, finish
+
+# Comparison of policy and reference before step 1. Rounding differs with the padding of a batch: at most 1e-4
+# nats per answer in fp32; bf16 has 16 bits less.
+CHECKED_PAIRS = 64
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+NOISE = (
+    "attention_dropout",
+    "residual_dropout",
+    "capacity_factor",
+)  # switched off in training, kept in config.json
+
+
+class PreferenceTrainer(TrainerMixin, DPOTrainer):
+    """TRL's trainer on pairs that are rendered already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Reference log-probabilities as two more columns; TRL's cache file is private to each process."""
+        chosen, rejected = self.log_probs(self.ref_model or self.model, dataset, batch_size)
+        dataset = dataset.add_column("ref_chosen_logps", chosen)
+        return dataset.add_column("ref_rejected_logps", rejected)
+
+    def log_probs(
+        self, model: torch.nn.Module, dataset: Dataset, batch_size: int
+    ) -> tuple[list[float], list[float]]:
+        """Summed log-probabilities of the chosen and the rejected answer of each pair under `model`."""
+        columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        loader = DataLoader(columns, batch_size=batch_size, collate_fn=self.data_collator)
+        results: tuple[list[float], list[float]] = ([], [])
+        for batch in self.accelerator.prepare(loader):
+            sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
+            for result, values in zip(results, sides, strict=True):
+                result.extend(values.float().tolist())
+        return results
+
+    def check_reference(self, tolerance: float) -> float:
+        """Largest |log-ratio| of policy and reference over the first answers; `UserError` above tolerance.
+
+        The policy runs in training mode, as it will in step 1.
+        """
+        rows = self.train_dataset.select(range(min(CHECKED_PAIRS, len(self.train_dataset))))
+        self.model.train()
+        policy = self.log_probs(self.model, rows, self.args.per_device_train_batch_size)
+        if self.precompute_ref_logps:
+            reference = (rows["ref_chosen_logps"], rows["ref_rejected_logps"])
+        else:
+            reference = self.log_probs(self.ref_model, rows, self.args.per_device_train_batch_size)
+        pairs = zip((*policy[0], *policy[1]), (*reference[0], *reference[1]), strict=True)
+        worst = max(abs(ours - theirs) for ours, theirs in pairs)
+        if not worst <= tolerance:
+            raise UserError(
+                f"policy and reference disagree before step 1: a log-ratio of {worst:.3g} where at most "
+                f"{tolerance:.3g} is rounding. Both must start from the same SFT checkpoint: check --model_path "
+                "and --ref_model_path"
+            )
+        return worst
+
+
+def without_noise(config: Any) -> Any:
+    """The configuration without dropout and capacity limit, which would blur the log-probabilities."""
+    config = deepcopy(config)
+    config.attention_dropout = config.residual_dropout = 0.0
+    config.capacity_factor = None
+    return config
+
+
+def add_likelihood(args: DpoTrainingArguments, rpo_alpha: float) -> None:
+    """Turn --rpo_alpha into TRL's loss types and weights."""
+    if not rpo_alpha:
+        return
+    if "sft" in args.loss_type:
+        raise UserError("--rpo_alpha and --loss_type sft are the same term; leave one out")
+    args.loss_weights = [*(args.loss_weights or [1.0] * len(args.loss_type)), rpo_alpha]
+    args.loss_type = [*args.loss_type, "sft"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    stage, args = parse((DpoArguments, DpoTrainingArguments), argv, __doc__)
+    prepare(args.seed, stage.threads)
+    add_likelihood(args, stage.rpo_alpha)
+    config, tokenizer, tokenizer_path = resolve_model(
+        stage.model_path, None, stage.tokenizer_path, stage.tokenizer_type, chat=True
+    )
+    reference_path = stage.ref_model_path or stage.model_path
+    reference_config = load_config(reference_path, tokenizer, tokenizer_path)
+    max_length = row_length(args.max_length, 1024, config, "--max_length")
+    job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.model_path, reference_path])
+    if job.finished:
+        return
+
+    pairs, dropped = render_preferences(read_dpo(job.files), tokenizer, max_length)
+    eval_pairs = None
+    if job.eval_files:
+        eval_pairs, _ = render_preferences(read_dpo(job.eval_files), tokenizer, max_length)
+        eval_pairs = eval_pairs.select(range(min(stage.max_eval_rows, len(eval_pairs))))
+    weights = args.loss_weights or [1.0] * len(args.loss_type)
+    loss = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, args.loss_type, strict=True))
+    job.announce(
+        {
+            "model": describe_model(config),
+            "weights": f"{stage.model_path}, trained in {job.dtype}",
+            "reference": f"{reference_path}, "
+            + ("once" if args.precompute_ref_log_probs else "at every step"),
+            "loss": f"{loss}, beta {args.beta:g}",
+            "data": f"{len(pairs):,} pairs ({dropped:,} dropped as longer than {max_length} tokens)",
+            "validation": f"{len(eval_pairs):,} pairs" if eval_pairs else "none",
+            "output": job.where(),
+        }
+    )
+
+    attention = attention_kernel(stage.attn_implementation, max_length, args.use_cpu)
+    separate = reference_path != stage.model_path or not args.precompute_ref_log_probs
+    reference = build_model(reference_config, reference_path, job.dtype, attention) if separate else None
+    quiet = without_noise(config) if args.disable_dropout else config
+    model = build_model(quiet, stage.model_path, job.dtype, attention)
+    trainer = PreferenceTrainer(
+        model=model,
+        ref_model=reference,
+        args=args,
+        train_dataset=pairs,
+        eval_dataset=eval_pairs,
+        processing_class=tokenizer,
+    )
+    worst = trainer.check_reference(TOLERANCE[job.dtype])
+    job.announce({"check": f"policy and reference agree before step 1 (largest log-ratio {worst:.1e})"})
+    job.begin()
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    facts = {"aligned from": stage.model_path, "loss": loss, "beta": args.beta}
+    if eval_pairs:
+        facts["validation preference accuracy"] = f"{trainer.evaluate()['eval_rewards/accuracies']:.3f}"
+    for name in NOISE:
+        setattr(model.config, name, getattr(config, name))
+    finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,83 @@
+"""Fine-tune all weights of a model on conversations (supervised fine-tuning).
+
+  python train_full_sft.py --data_path data/sft/sft_data.jsonl --base_model output/pretrain --output_dir
+  output/sft
+
+Rows are {"messages": [{"role", "content"}, ...], "tools"?: [...]}; the loss is on assistant tokens only, the
+end token included. Whole conversations are packed into rows of --max_length tokens and never attend to each
+other; one that is too long is cut after its last reply that fits. Runs under python, torchrun, accelerate
+launch and deepspeed; running the same command again continues an interrupted run.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl import SFTTrainer
+
+from smolkit.arguments import NewModelArguments, SftArguments, SftTrainingArguments, parse
+from smolkit.checkpoints import (
+    attention_kernel,
+    build_model,
+    describe_model,
+    model_card,
+    resolve_model,
+    row_length,
+)
+from smolkit.doctor import RECORD_SUFFIXES
+from smolkit.errors import run
+from smolkit.packing import PackedCollator, pack_conversations
+from smolkit.runs import open_job
+from smolkit.runtime import prepare
+from smolkit.training import TokenLossMixin, TrainerMixin, finish
+
+
+class FullSftTrainer(TokenLossMixin, TrainerMixin, SFTTrainer):
+    """TRL's trainer on rows that are rendered and packed already, with the model's own loss."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    stage, new, args = parse((SftArguments, NewModelArguments, SftTrainingArguments), argv, __doc__)
+    prepare(args.seed, stage.threads)
+    config, tokenizer, tokenizer_path = resolve_model(
+        stage.base_model, new, stage.tokenizer_path, stage.tokenizer_type, chat=True
+    )
+    max_length = row_length(args.max_length, 1024, config, "--max_length")
+    job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.base_model], new_model=vars(new))
+    if job.finished:
+        return
+
+    rows = pack_conversations(
+        job.files, job.eval_files, tokenizer, max_length, args.seed, args.packing, stage.max_eval_rows
+    )
+    args.packing = False  # from here on it would mean TRL's packing, of rows that are packed already
+    job.announce(
+        {
+            "model": describe_model(config),
+            "weights": f"{stage.base_model or 'random'}, trained in {job.dtype}",
+            "data": rows.summary,
+            "validation": f"{len(rows.evaluation):,} rows" if rows.evaluation else "none",
+            "output": job.where(),
+        }
+    )
+
+    attention = attention_kernel(stage.attn_implementation, max_length, args.use_cpu)
+    prepare(args.seed)  # random weights depend on the seed, not on what ran before
+    model = build_model(config, stage.base_model, job.dtype, attention)
+    job.begin()
+    trainer = FullSftTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows.train,
+        eval_dataset=rows.evaluation,
+        data_collator=PackedCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    facts = {"fine-tuned from": stage.base_model or "random weights", "steps": trainer.state.global_step}
+    if rows.evaluation:
+        facts["validation loss"] = f"{trainer.evaluate()['eval_loss']:.4f} nats per trained token"
+    finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,134 @@
+"""Adapt a model with LoRA: train low-rank updates of its linear layers, leave its weights alone.
+
+  python train_lora.py --data_path data/lora/lora_data.jsonl --base_model output/sft --lora_r 8 --merge
+
+Rows, packing and loss are those of train_full_sft.py. --output_dir becomes a PEFT adapter directory; --merge
+also writes a complete model directory with the update added to the weights. Runs under python, torchrun,
+accelerate launch and deepspeed; running the same command again continues an interrupted run.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedTokenizerFast
+from trl import SFTTrainer
+
+from smol_model import SmolConfig
+from smolkit.arguments import LoraArguments, LoraTrainingArguments, parse
+from smolkit.checkpoints import (
+    attention_kernel,
+    build_model,
+    describe_model,
+    model_card,
+    resolve_model,
+    row_length,
+    save_adapter,
+    save_final,
+)
+from smolkit.doctor import RECORD_SUFFIXES
+from smolkit.errors import UserError, run
+from smolkit.packing import PackedCollator, pack_conversations
+from smolkit.runs import complete, open_job
+from smolkit.runtime import prepare
+from smolkit.training import TokenLossMixin, TrainerMixin
+
+
+class LoraTrainer(TokenLossMixin, TrainerMixin, SFTTrainer):
+    """TRL's trainer on rows that are rendered and packed already, with the model's own loss."""
+
+
+def lora_config(stage: LoraArguments, config: SmolConfig) -> LoraConfig:
+    """PEFT's configuration for --lora_*; the MoE router is never adapted."""
+    modules = [name for name in stage.lora_target if name != "experts"]
+    experts = "experts" in stage.lora_target
+    if experts and not config.num_experts:
+        raise UserError(f"--lora_target experts: {stage.base_model} has no experts")
+    if "all-linear" in modules and len(modules) > 1:
+        raise UserError("--lora_target all-linear covers the module names beside it; leave them out")
+    return LoraConfig(
+        r=stage.lora_r,
+        lora_alpha=stage.lora_alpha,
+        lora_dropout=stage.lora_dropout,
+        target_modules="all-linear" if "all-linear" in modules else modules,
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if experts else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def write_merged(
+    directory: str,
+    stage: LoraArguments,
+    adapter: str,
+    config: SmolConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: torch.dtype,
+) -> None:
+    """Add the adapter to the base weights, in fp32 and from the files: only the final rounding is lost."""
+    base = build_model(config, stage.base_model, torch.float32)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    card = model_card(Path(directory).name, config, {"base": stage.base_model, "adapter": adapter})
+    save_final(merged, merged.state_dict(), tokenizer, directory, dtype, card)
+    print(f"merged model in {directory}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    stage, args = parse((LoraArguments, LoraTrainingArguments), argv, __doc__)
+    prepare(args.seed, stage.threads)
+    config, tokenizer, tokenizer_path = resolve_model(
+        stage.base_model, None, stage.tokenizer_path, stage.tokenizer_type, chat=True
+    )
+    adapter = lora_config(stage, config)
+    max_length = row_length(args.max_length, 1024, config, "--max_length")
+    job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.base_model])
+    merged_dir = stage.merged_dir or (f"{args.output_dir.rstrip('/')}-merged" if stage.merge else None)
+    merging = (merged_dir, stage, args.output_dir, config, tokenizer, job.save_dtype)
+    if job.finished:
+        if merged_dir and args.should_save and not (Path(merged_dir) / "config.json").is_file():
+            write_merged(*merging)
+        return
+
+    rows = pack_conversations(
+        job.files, job.eval_files, tokenizer, max_length, args.seed, args.packing, stage.max_eval_rows
+    )
+    args.packing = False  # from here on it would mean TRL's packing, of rows that are packed already
+    job.announce(
+        {
+            "model": describe_model(config),
+            "weights": f"{stage.base_model}, kept in {job.dtype}",
+            "adapter": f"rank {stage.lora_r}, alpha {stage.lora_alpha:g}, on {' '.join(stage.lora_target)}",
+            "data": rows.summary,
+            "validation": f"{len(rows.evaluation):,} rows" if rows.evaluation else "none",
+            "output": job.where(),
+        }
+    )
+
+    attention = attention_kernel(stage.attn_implementation, max_length, args.use_cpu)
+    model = build_model(config, stage.base_model, job.dtype, attention)
+    try:
+        trainer = LoraTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=rows.evaluation,
+            data_collator=PackedCollator(tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+    except ValueError as error:  # PEFT does not know a name in --lora_target
+        raise UserError(f"--lora_target {' '.join(stage.lora_target)}: {error}") from error
+    job.begin()
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    facts = {"adapter for": stage.base_model, "rank": stage.lora_r, "steps": trainer.state.global_step}
+    if rows.evaluation:
+        facts["validation loss"] = f"{trainer.evaluate()['eval_loss']:.4f} nats per trained token"
+    save_adapter(trainer, model_card(Path(args.output_dir).name, config, facts))
+    if args.should_save:
+        complete(args, trainer.state.global_step)
+        if merged_dir:
+            write_merged(*merging)
+
+
+if __name__ == "__main__":
+    run(main)
