@@ -19,6 +19,18 @@ BIN := $(VENV)/bin
 ACCELERATOR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
+define TORCH_CHECK
+import sys, torch
+print("torch", torch.__version__, "- sees", torch.cuda.device_count(), "GPU(s)")
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("error: there is a GPU, but this torch cannot use it: see `nvidia-smi` and choose a build for your"
+             " driver, e.g. make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130")
+if sys.argv[1] == "cpu" and torch.version.cuda:
+    print("note: a CUDA build without a GPU works, but is large; smaller: remove $(VENV), then make setup"
+          " TORCH_INDEX=https://download.pytorch.org/whl/cpu")
+endef
+export TORCH_CHECK
+
 .PHONY: help setup setup-vllm quickstart test test-all lint clean
 
 help:
@@ -35,6 +47,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt | $(BIN)/python
 	@echo "installing for $(ACCELERATOR) into $(VENV)"
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	@$(BIN)/python -c "$$TORCH_CHECK" $(ACCELERATOR)
 	touch $@
 
 setup-vllm: $(VENV)/.installed-vllm

@@ -20,7 +20,6 @@ from typing import Any
 
 import openai
 
-from smolkit.chat import validate_tools
 from smolkit.errors import UserError, run
 
 Message = dict[str, Any]
@@ -28,9 +27,7 @@ Message = dict[str, Any]
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--model_path", help="checkpoint or PEFT adapter directory to load here")
     where.add_argument("--base_url", help="an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
@@ -59,6 +56,8 @@ def read_tools(path: str | None) -> list[dict[str, Any]]:
     """The tools of a file, checked."""
     if path is None:
         return []
+    from smolkit.chat import validate_tools  # imports transformers: seconds that only tools need
+
     try:
         tools = json.loads(Path(path).read_text(encoding="utf-8"))
         validate_tools(tools)

@@ -34,12 +34,8 @@ from smolkit.serving import (
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model_path", required=True, help="checkpoint directory, or a PEFT adapter directory"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="checkpoint directory, or a PEFT adapter directory")
     parser.add_argument("--adapter", help="PEFT adapter directory, merged into the model while loading")
     parser.add_argument(
         "--dtype",
@@ -47,16 +43,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where hardware has it",
     )
-    parser.add_argument(
-        "--max_model_len", type=int, help="longest prompt plus answer; default: the model's context"
-    )
+    parser.add_argument("--max_model_len", type=int, help="longest prompt plus answer; default: the model's context")
     parser.add_argument("--max_num_seqs", type=int, default=16, help="requests decoded together")
-    parser.add_argument(
-        "--max_queue", type=int, default=256, help="requests that may wait; more get status 503"
-    )
-    parser.add_argument(
-        "--threads", type=int, help="CPU threads of one operation; default: OMP_NUM_THREADS or all"
-    )
+    parser.add_argument("--max_queue", type=int, default=256, help="requests that may wait; more get status 503")
+    parser.add_argument("--threads", type=int, help="CPU threads of one operation; default: OMP_NUM_THREADS or all")
     add_server_arguments(parser)
     return parser.parse_args(argv)
 

@@ -51,18 +51,10 @@ from transformers.utils import ModelOutput
 # --------------------------------------------------------------------------------------------------------------
 
 NATIVE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "mixtral": MixtralConfig,
-    "qwen3_moe": Qwen3MoeConfig,
+    config.model_type: config for config in (LlamaConfig, Qwen2Config, Qwen3Config, MixtralConfig, Qwen3MoeConfig)
 }
 NATIVE_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
+    kind: config.__name__.replace("Config", "ForCausalLM") for kind, config in NATIVE_CONFIGS.items()
 }
 # Fields that the native architectures have under the same name.
 SHARED_FIELDS = (
@@ -100,10 +92,10 @@ class SmolConfig(PreTrainedConfig):
         router_aux_loss_coef, router_z_loss_coef: weights of the load-balancing loss (Switch Transformer,
             arXiv:2101.03961, 1.0 at perfect balance, mean over layers) and of the z-loss (ST-MoE, arXiv:2202.08906).
         initializer_range: standard deviation of all weight matrices and embeddings (GPT-2, Llama).
+        depth_scaled_init: divide that by sqrt(2 L) for the two projections that write to the residual stream (GPT-2).
         mimetic_init: start o_proj as the transpose of v_proj, so that whatever a head attends to is copied to its
             output from the first step (after arXiv:2305.09828). Copying from the context, which tool calls need,
             then forms after 0.15M training tokens of the tiny world instead of more than 0.8M.
-        depth_scaled_init: divide that by sqrt(2 L) for the two projections that write to the residual stream (GPT-2).
     """
 
     model_type = "smol"  # of the class; an instance carries its native type
@@ -288,101 +280,42 @@ def refuse_unsupported(native: PreTrainedConfig) -> None:
             raise ValueError(f"{kind} checkpoint has {name}={value}, which this model does not implement")
 
 
-_SMOLLM2 = {
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-5,
-}
-_TINY = {
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-    "qk_norm": True,
-    "initializer_range": 0.05,  # small widths learn faster from larger weights
-    "mimetic_init": True,
-}
-_LARGE = {
-    "vocab_size": 151_936,  # Qwen's, padded: its tokenizers have 151,646 (Qwen1.5) or 151,665 (Qwen2.5) entries
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
+def _shape(D: int, F: int, L: int, H: int, K: int, V: int, T: int, **options: Any) -> dict[str, Any]:
+    """Width, MLP width, layers, query heads, key heads, vocabulary, context, and whatever else differs."""
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
+    return dict(zip(names.split(), (D, F, L, H, K, V), strict=True)) | {"max_position_embeddings": T} | options
+
+
+def _theta(value: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": value}
+
+
+_TINY = _shape(
+    *(256, 704, 4, 8, 4, 2048, 1024),
+    qk_norm=True,
+    initializer_range=0.05,  # small widths learn faster from larger weights
+    mimetic_init=True,
+)
+_QWEN = 151_936  # Qwen's padded embedding: its tokenizers have 151,646 (Qwen1.5) or 151,665 (Qwen2.5) entries
+_TOP2 = {"num_experts_per_tok": 2, "capacity_factor": 1.25, "tie_word_embeddings": False}
 # Sizes are (total / active per token) parameters; a test counts them on the real modules.
 PRESETS: dict[str, dict[str, Any]] = {
-    # 3.5M / 3.5M: the quickstart on two CPU cores
+    # 3.5M: the quickstart on two CPU cores
     "tiny": _TINY,
-    # 10.0M / 5.6M
-    "tiny-moe": _TINY | {"num_experts": 4, "num_experts_per_tok": 2},
-    # 50M / 50M
-    "smollama": {
-        "vocab_size": 50304,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "attention_dropout": 0.1,
-        "residual_dropout": 0.1,
-    },
-    # 134,515,008: SmolLM2-135M exactly
-    "smollm2-135m": _SMOLLM2
-    | {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
-        "initializer_range": 1 / 24,
-    },
-    # 361,821,120: SmolLM2-360M exactly
-    "smollm2-360m": _SMOLLM2
-    | {
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 15,
-        "num_key_value_heads": 5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
-    },
-    # 1,711,376,384: SmolLM2-1.7B exactly
-    "smollm2-1.7b": _SMOLLM2
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 130_000.0},
-    },
-    # 6.9B / 6.9B
-    "base": _LARGE,
+    # 5.6M / 3.5M: two experts together are as wide as the dense MLP
+    "tiny-moe": _TINY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 352},
+    # 50M
+    "smollama": _shape(512, 1536, 8, 8, 2, 50304, 512, attention_dropout=0.1, residual_dropout=0.1),
+    # 134,515,008, 361,821,120 and 1,711,376,384: SmolLM2 exactly
+    "smollm2-135m": _shape(576, 1536, 30, 9, 3, 49152, 8192, rope_parameters=_theta(1e5), initializer_range=1 / 24),
+    "smollm2-360m": _shape(960, 2560, 32, 15, 5, 49152, 8192, rope_parameters=_theta(1e5)),
+    "smollm2-1.7b": _shape(2048, 8192, 24, 32, 32, 49152, 8192, rope_parameters=_theta(1.3e5)),
+    # 6.9B
+    "base": _shape(4096, 11008, 32, 32, 8, _QWEN, 4096, tie_word_embeddings=False),
     # 20.3B / 7.0B: eight experts, top-2 (these can never be "7B active of 30B": total stays below 4 x active)
-    "moe": _LARGE
-    | {"moe_intermediate_size": 5632, "num_experts": 8, "num_experts_per_tok": 2, "capacity_factor": 1.25},
+    "moe": _shape(4096, 11008, 32, 32, 8, _QWEN, 4096, num_experts=8, moe_intermediate_size=5632, **_TOP2),
     # 29.9B / 7.0B: sixteen experts, top-2
-    "moe-30b-a7b": _LARGE
-    | {
-        "hidden_size": 5120,
-        "num_hidden_layers": 34,
-        "num_attention_heads": 40,
-        "moe_intermediate_size": 3136,
-        "num_experts": 16,
-        "num_experts_per_tok": 2,
-        "capacity_factor": 1.25,
-    },
+    "moe-30b-a7b": _shape(5120, 11008, 34, 40, 8, _QWEN, 4096, num_experts=16, moe_intermediate_size=3136, **_TOP2),
 }
 
 
@@ -1068,7 +1001,6 @@ class SmolForCausalLM(SmolPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,  # (B, T), already shifted
         **kwargs: Any,
     ) -> SmolOutput:
         """Logits, and with labels the loss: the sum over trained tokens divided by `num_items_in_batch`.
@@ -1077,7 +1009,11 @@ class SmolForCausalLM(SmolPreTrainedModel, GenerationMixin):
         None means those of this call. Router losses are weighted by this call's share of that number, so that they
         too sum to one step's worth over any split. In training with labels no logits are returned; `logits_to_keep`
         = n keeps those of the last n positions only (0: all).
+
+        Keyword `shift_labels` (B, T) gives labels already shifted; it is not in the signature because Trainer takes
+        every parameter with "label" in its name for a required column.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -40,11 +40,8 @@ from smolkit.training import TrainerMixin, finish
 # nats per answer in fp32; bf16 has 16 bits less.
 CHECKED_PAIRS = 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
-NOISE = (
-    "attention_dropout",
-    "residual_dropout",
-    "capacity_factor",
-)  # switched off in training, kept in config.json
+# Switched off in training, kept in config.json.
+NOISE = ("attention_dropout", "residual_dropout", "capacity_factor")
 
 
 class PreferenceTrainer(TrainerMixin, DPOTrainer):
@@ -73,7 +70,7 @@ class PreferenceTrainer(TrainerMixin, DPOTrainer):
         return results
 
     def check_reference(self, tolerance: float) -> float:
-        """Largest |log-ratio| of policy and reference over the first answers; `UserError` above tolerance.
+        """Largest |log-ratio| of policy and reference over the first answers; `UserError` beyond tolerance.
 
         The policy runs in training mode, as it will in step 1.
         """

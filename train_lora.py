@@ -47,11 +47,14 @@ def lora_config(stage: LoraArguments, config: SmolConfig) -> LoraConfig:
         raise UserError(f"--lora_target experts: {stage.base_model} has no experts")
     if "all-linear" in modules and len(modules) > 1:
         raise UserError("--lora_target all-linear covers the module names beside it; leave them out")
+    targets: str | list[str] = modules
+    if "all-linear" in modules:  # for MoE models PEFT would count the router and the experts among them
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if config.num_experts else "all-linear"
     return LoraConfig(
         r=stage.lora_r,
         lora_alpha=stage.lora_alpha,
         lora_dropout=stage.lora_dropout,
-        target_modules="all-linear" if "all-linear" in modules else modules,
+        target_modules=targets,
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if experts else None,
         task_type="CAUSAL_LM",
     )

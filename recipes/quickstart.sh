@@ -88,7 +88,7 @@ ask() {
 }
 ask "What is the job of Nora?"
 ask "周梅的宠物是什么？"
-ask "Order 25 bags of warm silk." --tools "$DATA/exam/tools.json"
+ask "Order 25 pieces of warm silk." --tools "$DATA/exam/tools.json"
 kill "$server"; wait "$server" 2>/dev/null || true
 trap - EXIT
 

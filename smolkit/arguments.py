@@ -51,9 +51,7 @@ class StageArguments:
         None,
         "Validation data. Default: the file of the same name in validation/ beside the data, if any.",
     )
-    max_eval_rows: int = option(
-        256, "Evaluate on at most this many packed rows (or pairs). 0: no evaluation."
-    )
+    max_eval_rows: int = option(256, "Evaluate on at most this many packed rows (or pairs). 0: no evaluation.")
     tokenizer_path: str | None = option(
         None, "Tokenizer directory (train_tokenizer.py makes one). Default: the one in the model's directory."
     )
@@ -78,9 +76,7 @@ class StageArguments:
         "auto: continue an interrupted run from its last checkpoint; a finished run says so and exits 0; "
         "a run with other settings is refused. never: start over, replacing the checkpoints in --output_dir.",
     )
-    threads: int | None = option(
-        None, "CPU threads per process. Default: what OMP_NUM_THREADS or the machine says."
-    )
+    threads: int | None = option(None, "CPU threads per process. Default: what OMP_NUM_THREADS or the machine says.")
 
     _argument_group_name = "data, tokenizer and run"
 
@@ -98,9 +94,7 @@ class StageArguments:
 class NewModelArguments:
     """How to build a model with random weights; shared by pretraining and `--init_from_scratch`."""
 
-    model_size: str | None = option(
-        None, "Preset of a new model: tiny, tiny-moe, smollm2-135m, base, moe, ..."
-    )
+    model_size: str | None = option(None, "Preset of a new model: tiny, tiny-moe, smollm2-135m, base, moe, ...")
     model_overrides: list[str] | None = option(
         None,
         "Fields of the preset to change, as field=value: hidden_size=256 capacity_factor=none",
@@ -115,9 +109,7 @@ class NewModelArguments:
 
     def wants_new_model(self) -> bool:
         """Whether any flag of this group was used."""
-        return any(
-            (self.model_size, self.model_overrides, self.vocab_size, self.pad_vocab_to_multiple_of != 1)
-        )
+        return any((self.model_size, self.model_overrides, self.vocab_size, self.pad_vocab_to_multiple_of != 1))
 
     def validate(self) -> None:
         """Raise `UserError` for values that cannot work."""
@@ -143,9 +135,7 @@ class NewModelArguments:
 class PretrainArguments(StageArguments):
     """train_pretrain.py"""
 
-    base_model: str | None = option(
-        None, "Continue from this checkpoint directory instead of random weights."
-    )
+    base_model: str | None = option(None, "Continue from this checkpoint directory instead of random weights.")
     block_size: int | None = option(
         None,
         "Tokens per row; documents are packed into rows and never see each other. Default: 512, or the "
@@ -188,13 +178,11 @@ class LoraArguments(StageArguments):
     lora_dropout: float = option(0.0, "Dropout on the adapter's input.")
     lora_target: list[str] = option(
         ["all-linear"],
-        "Module names to adapt (q_proj v_proj ...). 'all-linear': every linear layer but head and router. "
-        "'experts' adds the fused expert weights of a MoE model (needs --lora_dropout 0).",
+        "Module names to adapt (q_proj v_proj ...). 'all-linear': every linear layer but the head; in a MoE model "
+        "those of the attention, never the router. 'experts' adds the fused expert weights (needs --lora_dropout 0).",
     )
     merge: bool = option(False, "Also write the base model with the update merged into its weights.")
-    merged_dir: str | None = option(
-        None, "Where --merge writes. Default: <output_dir>-merged. Implies --merge."
-    )
+    merged_dir: str | None = option(None, "Where --merge writes. Default: <output_dir>-merged. Implies --merge.")
 
     def validate(self) -> None:
         super().validate()
@@ -205,9 +193,7 @@ class LoraArguments(StageArguments):
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")
         if "experts" in self.lora_target and self.lora_dropout:
-            raise UserError(
-                "--lora_target experts needs --lora_dropout 0: PEFT has no dropout for fused weights"
-            )
+            raise UserError("--lora_target experts needs --lora_dropout 0: PEFT has no dropout for fused weights")
 
 
 @dataclass
@@ -349,31 +335,33 @@ def parse(dataclasses_: Sequence[type], argv: Sequence[str] | None, description:
     """Parse the command line (and `--config`) into one instance of each dataclass, validated.
 
     `argv`: arguments without the program name; None takes sys.argv. Raises `UserError` for values that the
-    dataclasses refuse; unknown flags leave through argparse, with exit code 2 as well.
+    dataclasses refuse; argparse itself leaves with exit code 2, too.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     show_all = "--help_all" in argv
     parser = HfArgumentParser(
         list(dataclasses_), description=description, formatter_class=_HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--help_all", action="help", default=SUPPRESS, help="like --help, with every training flag"
-    )
+    parser.add_argument("--help_all", action="help", default=SUPPRESS, help="like --help, with every training flag")
     if not show_all:
         _hide_rare_flags(parser)
     config = _value_of("--config", argv)
     if config is not None:
         parser.set_defaults(**_read_config(config, dataclasses_))
     try:
-        parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
     except UserError:
         raise
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
+    if unknown:
+        raise UserError(f"unknown arguments: {' '.join(unknown)}; --help_all lists the known ones")
     for arguments in parsed:
         if hasattr(arguments, "validate"):
             arguments.validate()
-    return parsed
+    return tuple(parsed)
 
 
 def _hide_rare_flags(parser: HfArgumentParser) -> None:

@@ -230,6 +230,7 @@ def save_final(
     if isinstance(model, SmolForCausalLM):
         config = json.loads((aside / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")  # what was written, not what the model trains in
+        config["use_cache"] = True  # Trainer turns it off in the config it trains with
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_tokenizer(tokenizer, aside)
     (aside / "README.md").write_text(card, encoding="utf-8")

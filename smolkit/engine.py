@@ -64,7 +64,7 @@ class _Sequence:
 
 
 class ContinuousBatch:
-    """Sequences decoded together: they join by `prefill` and leave at their end or by `remove`, between steps.
+    """Sequences decoded together: they join by `prefill` and leave at their end or by `remove`.
 
     `vocab_limit` cuts padded vocabulary rows off (the embedding may be larger than the tokenizer).
     Not thread-safe: one thread owns it.
@@ -101,9 +101,7 @@ class ContinuousBatch:
         width, first = max(lengths), len(self.sequences)
         # Padded on the right: causal attention keeps real tokens blind to it, and decoding overwrites its
         # columns.
-        rows = [
-            [*s.request.prompt_ids, *[pad_id] * (width - n)] for s, n in zip(sequences, lengths, strict=True)
-        ]
+        rows = [[*s.request.prompt_ids, *[pad_id] * (width - n)] for s, n in zip(sequences, lengths, strict=True)]
         self.cache.prefill_window(first, first + len(sequences), width)
         positions = torch.arange(width, device=self.device).expand(len(rows), -1)
         hidden = self._hidden(torch.tensor(rows, device=self.device), positions, None)  # (rows, width, D)
@@ -252,9 +250,7 @@ class TorchEngine:
             if self._closed:
                 raise EngineError("the engine is shut down")
             if len(self._waiting) >= self._max_queue:
-                raise EngineBusy(
-                    f"{len(self._waiting)} requests are waiting already (limit {self._max_queue})"
-                )
+                raise EngineBusy(f"{len(self._waiting)} requests are waiting already (limit {self._max_queue})")
             self._waiting.append(ticket)
             self._changed.notify()
         try:

@@ -115,7 +115,7 @@ class Answer:
 
 
 def take_exam(
-    items: list[dict], tokenizer: PreTrainedTokenizerBase, generate: Generate, chunk: int = 256
+    items: list[dict], tokenizer: PreTrainedTokenizerBase, generate: Generate, chunk: int = 512
 ) -> list[Answer]:
     """Answer every item by `generate` (lists of prompt ids → lists of new ids), `chunk` prompts of similar
     length at a time, and judge the replies; in the order of `items`."""

@@ -110,9 +110,7 @@ class _Answers:
     def _check(self, body: api.ChatRequest | api.CompletionRequest) -> None:
         api.refuse_unsupported(body)
         if body.model is not None and body.model != self.model_name:
-            message = (
-                f"the model {ascii(body.model[:64])} does not exist; this server has {self.model_name!r}"
-            )
+            message = f"the model {ascii(body.model[:64])} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
@@ -127,9 +125,7 @@ class _Answers:
     ) -> Job:
         copies = body.n or 1
         if copies * len(prompts) > MAX_CHOICES_PER_REQUEST:
-            message = (
-                f"{copies * len(prompts)} answers in one request, the limit is {MAX_CHOICES_PER_REQUEST}"
-            )
+            message = f"{copies * len(prompts)} answers in one request, the limit is {MAX_CHOICES_PER_REQUEST}"
             raise ApiError(400, message, param="n")
         vocab_size, limit = len(self.tokenizer), self.engine.max_model_len
         requests = []
@@ -253,9 +249,7 @@ def _tool_call(call: dict[str, Any]) -> api.ToolCall:
     if not _encodable(arguments):  # an escaped lone surrogate is JSON, but not UTF-8
         arguments = json.dumps(call["arguments"])
     name = call["name"] if _encodable(call["name"]) else ascii(call["name"])[1:-1]
-    return api.ToolCall(
-        id=f"call_{uuid.uuid4().hex}", function=api.FunctionCall(name=name, arguments=arguments)
-    )
+    return api.ToolCall(id=f"call_{uuid.uuid4().hex}", function=api.FunctionCall(name=name, arguments=arguments))
 
 
 def _encodable(text: str) -> bool:
@@ -373,16 +367,12 @@ class _ChatChunks:
         for call in piece.calls:
             deltas.append({"tool_calls": [{"index": self.num_calls[piece.index], **call.model_dump()}]})
             self.num_calls[piece.index] += 1
-        choices = [
-            {"index": piece.index, "delta": d, "logprobs": None, "finish_reason": None} for d in deltas
-        ]
+        choices = [{"index": piece.index, "delta": d, "logprobs": None, "finish_reason": None} for d in deltas]
         if piece.logprobs and self.logprobs:
             chosen = next(choice for choice in choices if "role" not in choice["delta"])
             chosen["logprobs"] = api.ChatLogprobs(content=piece.logprobs).model_dump()
         if piece.finish_reason:
-            choices.append(
-                {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason}
-            )
+            choices.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason})
         return choices
 
 
@@ -580,9 +570,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(EngineBusy)
     async def busy(_: Request, error: EngineBusy) -> JSONResponse:
         return response(
-            ApiError(
-                503, str(error), kind="overloaded_error", code="overloaded", headers={"Retry-After": "1"}
-            )
+            ApiError(503, str(error), kind="overloaded_error", code="overloaded", headers={"Retry-After": "1"})
         )
 
     @app.exception_handler(EngineError)
@@ -644,9 +632,7 @@ def create_app(
     async def model(model: str) -> api.ModelCard:
         """The served model, by name."""
         if model != model_name:
-            raise ApiError(
-                404, f"the model {ascii(model[:64])} does not exist", param="model", code="model_not_found"
-            )
+            raise ApiError(404, f"the model {ascii(model[:64])} does not exist", param="model", code="model_not_found")
         return card
 
     @app.get("/health")

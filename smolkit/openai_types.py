@@ -122,9 +122,7 @@ class _Generation(_Request):
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="longest answer; at most what the context leaves, which is also the default"
     )
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="default 1; 0 is greedy"
-    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1 is off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -133,9 +131,7 @@ class _Generation(_Request):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
-        None, description="same request, same answer"
-    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description="same request, same answer")
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -151,9 +147,7 @@ class _Generation(_Request):
         biases = {}
         for key, bias in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
-                raise ApiError(
-                    400, f"logit_bias: keys are token ids from 0 to {vocab_size - 1}", param="logit_bias"
-                )
+                raise ApiError(400, f"logit_bias: keys are token ids from 0 to {vocab_size - 1}", param="logit_bias")
             biases[int(key)] = bias
         return biases
 
@@ -162,15 +156,11 @@ class ChatRequest(_Generation):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = Field(
-        None, description='"auto" (default with tools) or "none"'
-    )
+    tool_choice: str | dict[str, Any] | None = Field(None, description='"auto" (default with tools) or "none"')
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"messages": [{"role": "user", "content": "What is photosynthesis?"}]}]
-        }
+        json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "What is photosynthesis?"}]}]}
     )
 
 
@@ -183,9 +173,7 @@ class CompletionRequest(_Generation):
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"prompt": "The process of photosynthesis involves", "max_tokens": 64}]
-        }
+        json_schema_extra={"examples": [{"prompt": "The process of photosynthesis involves", "max_tokens": 64}]}
     )
 
 
@@ -210,12 +198,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 def refuse_unsupported(body: _Generation) -> None:
     """Raise `ApiError` naming the first field that this server does not implement."""
     for name, value in (body.model_extra or {}).items():
-        if name in UNSUPPORTED and not any(
-            value is unused or value == unused for unused in UNSUPPORTED[name]
-        ):
-            raise ApiError(
-                400, f"{name} is not supported by this server", param=name, code="unsupported_parameter"
-            )
+        if name in UNSUPPORTED and not any(value is unused or value == unused for unused in UNSUPPORTED[name]):
+            raise ApiError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
     if isinstance(body, ChatRequest) and body.tool_choice not in (None, "auto", "none"):
         message = 'tool_choice: only "auto" and "none" are supported by this server'
         raise ApiError(400, message, param="tool_choice", code="unsupported_value")

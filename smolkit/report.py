@@ -82,13 +82,12 @@ def quality_rows(run_dir: Path, model: str) -> list[Row]:
     """What the quickstart promises, from the stages' numbers; the control belongs to the dense model."""
     sft, dpo, lora = (read_metrics(run_dir, stage) for stage in ("sft", "dpo", "lora"))
     base = read_metrics(run_dir, "lora-base") if (run_dir / "lora-base").is_dir() else sft
-    control = read_metrics(run_dir, "control") if model == "tiny" or (run_dir / "control").is_dir() else {}
+    with_control = model == "tiny" or (run_dir / "control").is_dir()
+    control = read_metrics(run_dir, "control") if with_control else {}
     rows = [row(f"qa_{language}", figure(sft, "sft", f"qa_{language}"), ">=", 0.90) for language in LANGUAGES]
-    for language in LANGUAGES if control else ():
+    for language in LANGUAGES if with_control else ():
         chance = figure(control, "control", f"qa_{language}_chance")
-        rows.append(
-            row(f"control_qa_{language}", figure(control, "control", f"qa_{language}"), "<=", 2 * chance)
-        )
+        rows.append(row(f"control_qa_{language}", figure(control, "control", f"qa_{language}"), "<=", 2 * chance))
     rows += [
         row("tool_exact", figure(sft, "sft", "tool_exact"), ">=", 0.90),
         row("ends_by_itself", figure(sft, "sft", "ends_by_itself"), ">=", 0.99),
@@ -192,9 +191,7 @@ def build(run_dir: Path, model: str) -> list[Row]:
     times = read_rows(run_dir / "stage_times.jsonl")
     if times:
         rows.append(row(TIME_ROW, sum(t["seconds"] for t in times) / 60, "<=", WALL_MINUTES[model]))
-    stages = {
-        p.parent.parent.name: read_metrics(run_dir, p.parent.parent.name) for p in metric_files(run_dir)
-    }
+    stages = {p.parent.parent.name: read_metrics(run_dir, p.parent.parent.name) for p in metric_files(run_dir)}
     curves = {stage: read_rows(run_dir / stage / "metrics.jsonl") for stage in CURVES}
     curves = {stage: found for stage, found in curves.items() if found}
     if not curves:
@@ -211,15 +208,9 @@ def metric_files(run_dir: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--run_dir", type=Path, required=True, help="directory of the stages, e.g. out/quickstart"
-    )
-    parser.add_argument(
-        "--model", choices=list(WALL_MINUTES), required=True, help="which model's limits apply"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, required=True, help="directory of the stages, e.g. out/quickstart")
+    parser.add_argument("--model", choices=list(WALL_MINUTES), required=True, help="which model's limits apply")
     args = parser.parse_args(argv)
     rows = build(args.run_dir, args.model)
     print(table(rows, args.model))

@@ -114,9 +114,7 @@ class Sampler:
         return index if token_ids is None else int(token_ids[index])
 
 
-def logprobs_of(
-    logits: Tensor, token: int, count: int | None
-) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+def logprobs_of(logits: Tensor, token: int, count: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:
     if count is None:
         return None, ()
     log_probabilities = logits.log_softmax(-1)

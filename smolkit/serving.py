@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import uvicorn
 from fastapi import FastAPI
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
@@ -32,13 +33,11 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that both servers have."""
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: everywhere)")
-    group.add_argument(
-        "--port", type=int, default=8000, help="port to listen on; 0 takes a free one and prints it"
-    )
+    group.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one and prints it")
     group.add_argument(
         "--api_key",
         default=os.environ.get("SMOLLM_API_KEY"),
-        help="key that requests must carry; the environment variable SMOLLM_API_KEY hides it from other users",
+        help="key that requests must carry; environment variable SMOLLM_API_KEY hides it from other users",
     )
     group.add_argument("--served_model_name", help="name in the API; default: the directory's name")
     group.add_argument(
@@ -67,9 +66,7 @@ def split_adapter(directory: str | Path, adapter: str | None) -> tuple[Path, Pat
     path = Path(directory)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         if adapter is not None:
-            raise UserError(
-                f"{path} is an adapter itself: give the base model as --model_path with --adapter"
-            )
+            raise UserError(f"{path} is an adapter itself: give the base model as --model_path with --adapter")
         adapter, path = str(path), Path(_base_of(path))
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(f"{adapter}: not a PEFT adapter directory, adapter_config.json is missing")
@@ -92,9 +89,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: a fast tokenizer (tokenizer.json) is needed")
     if not tokenizer.chat_template:
-        raise UserError(
-            f"{directory}: the tokenizer has no chat template; prepare it with train_tokenizer.py"
-        )
+        raise UserError(f"{directory}: the tokenizer has no chat template; prepare it with train_tokenizer.py")
     return tokenizer
 
 
@@ -121,19 +116,15 @@ def load_engine(
     """Load a checkpoint (and merge an adapter into it) and start an engine over it."""
     try:
         model = SmolForCausalLM.from_pretrained(directory, dtype=compute_dtype(dtype), local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from None
     if adapter is not None:
         model = _merged(model, adapter)
     rows, context = model.config.vocab_size, model.config.max_position_embeddings
     if rows < len(tokenizer):
-        raise UserError(
-            f"{directory}: the model has {rows} vocabulary rows, the tokenizer {len(tokenizer)} entries"
-        )
+        raise UserError(f"{directory}: the model has {rows} vocabulary rows, the tokenizer {len(tokenizer)} entries")
     if max_model_len is not None and not 1 < max_model_len <= context:
-        raise UserError(
-            f"--max_model_len {max_model_len}: must be from 2 to the model's context of {context} tokens"
-        )
+        raise UserError(f"--max_model_len {max_model_len}: must be from 2 to the model's context of {context} tokens")
     return TorchEngine(
         model.to(default_device()),
         model_name=model_name,
@@ -149,7 +140,7 @@ def _merged(model: SmolForCausalLM, adapter: Path) -> torch.nn.Module:
 
     try:
         return PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{adapter}: the adapter does not fit the model: {_first_line(error)}") from None
 
 
@@ -170,9 +161,7 @@ def listen(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except (OSError, OverflowError) as error:
         sock.close()
-        raise UserError(
-            f"cannot listen on {host}:{port}: {error}; choose another --port (0: a free one)"
-        ) from None
+        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port (0: a free one)") from None
     return sock
 
 

@@ -24,9 +24,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._backend = (
-            tokenizer.backend_tokenizer
-        )  # called per token: the wrapper around it costs more than it
+        self._backend = tokenizer.backend_tokenizer  # called per token: the wrapper around it costs more than it
         self._context: list[int] = []  # ids whose text has been given out
         self._pending: list[int] = []
         self._given = ""  # the part of the pending ids' text that has been given out

@@ -31,7 +31,7 @@ class Kind:
 class Note:
     """An everyday note with fresh values, also given as a JSON record of these fields."""
 
-    fields: dict[str, str]  # field -> kind of value (name, item, number)
+    fields: dict[str, str]  # field -> kind of value (person, place, goods, number)
     text: Texts
 
 
@@ -48,8 +48,7 @@ class Tool:
 
     def schema(self) -> dict:
         """The tool in OpenAI's form."""
-        types = {"name": "string", "item": "string", "number": "integer"}
-        properties = {field: {"type": types[kind]} for field, kind in self.fields.items()}
+        properties = {field: {"type": "integer" if kind == "number" else "string"} for field, kind in self.fields.items()}
         parameters = {"type": "object", "properties": properties, "required": list(self.fields)}
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
@@ -264,24 +263,24 @@ FRESH: dict[str, dict[str, tuple]] = {
 
 NOTES: tuple[Note, ...] = (
     Note(
-        {"name": "name"},
+        {"name": "person"},
         {
             "en": ("{name} called today.", "Please call {name} back.", "A letter came for {name}.", "Talk to {name} first."),
             "zh": ("{name}今天来过电话。", "请给{name}回电话。", "有一封给{name}的信。", "先和{name}谈谈。"),
         },
     ),
     Note(
-        {"city": "name"},
+        {"city": "place"},
         {
             "en": ("It rained in {city} all day.", "The weather in {city} was fine.", "The train stops in {city}."),
             "zh": ("{city}下了一天雨。", "{city}的天气很好。", "火车停在{city}。"),
         },
     ),
     Note(
-        {"item": "item", "count": "number"},
+        {"item": "goods", "count": "number"},
         {
-            "en": ("They bought {count} bags of {item}.", "We need {count} bags of {item} here.", "Bring {item}, {count} bags please."),
-            "zh": ("他们买了{count}袋{item}。", "这里需要{count}袋{item}。", "请带{item}来，要{count}袋。"),
+            "en": ("They bought {count} pieces of {item}.", "We need {count} pieces of {item} here.", "Bring {item}, {count} pieces please."),
+            "zh": ("他们买了{count}件{item}。", "这里需要{count}件{item}。", "请带{item}来，要{count}件。"),
         },
     ),
     Note(
@@ -292,7 +291,7 @@ NOTES: tuple[Note, ...] = (
         },
     ),
     Note(
-        {"origin": "name", "destination": "name"},
+        {"origin": "place", "destination": "place"},
         {
             "en": ("They walked from {origin} to {destination}.", "The road from {origin} to {destination} is long."),
             "zh": ("他们从{origin}走到{destination}。", "从{origin}到{destination}的路很长。"),
@@ -333,7 +332,7 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "get_weather",
         "Weather in a city",
-        {"city": "name"},
+        {"city": "place"},
         {
             "en": ("What is the weather in {city}?", "Is it raining in {city}?", "Tell me the weather in {city} today."),
             "zh": ("{city}的天气怎么样？", "{city}在下雨吗？", "告诉我{city}今天的天气。"),
@@ -343,14 +342,14 @@ TOOLS: tuple[Tool, ...] = (
     ),
     Tool(
         "order_goods",
-        "Order bags of goods",
-        {"item": "item", "count": "number"},
+        "Order pieces of goods",
+        {"item": "goods", "count": "number"},
         {
-            "en": ("Order {count} bags of {item}.", "Please buy {count} bags of {item} for me.", "I need {count} bags of {item}."),
-            "zh": ("订{count}袋{item}。", "请帮我买{count}袋{item}。", "我需要{count}袋{item}。"),
+            "en": ("Order {count} pieces of {item}.", "Please buy {count} pieces of {item} for me.", "I need {count} pieces of {item}."),
+            "zh": ("订{count}件{item}。", "请帮我买{count}件{item}。", "我需要{count}件{item}。"),
         },
         {"en": ("done", "late"), "zh": ("完成", "推迟")},
-        {"en": "The order of {count} bags of {item} is {result}.", "zh": "{count}袋{item}的订单已{result}。"},
+        {"en": "The order of {count} pieces of {item} is {result}.", "zh": "{count}件{item}的订单已{result}。"},
     ),
     Tool(
         "set_timer",
@@ -366,7 +365,7 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "call_person",
         "Call somebody",
-        {"name": "name"},
+        {"name": "person"},
         {
             "en": ("Call {name}.", "Please phone {name} now.", "I want to talk to {name}."),
             "zh": ("打电话给{name}。", "请现在联系{name}。", "我想和{name}通话。"),
@@ -377,7 +376,7 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "get_distance",
         "Distance between two cities",
-        {"origin": "name", "destination": "name"},
+        {"origin": "place", "destination": "place"},
         {
             "en": ("How far is it from {origin} to {destination}?", "What is the distance from {origin} to {destination}?"),
             "zh": ("从{origin}到{destination}有多远？", "{origin}到{destination}的距离是多少？"),

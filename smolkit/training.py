@@ -291,6 +291,8 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(1)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last window is logged even when it is a short one
 
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any

@@ -28,12 +28,17 @@ TIMES = [{"stage": "pretrain", "seconds": 300}, {"stage": "sft", "seconds": 60.6
 def run_dir(tmp_path: Path) -> Path:
     for stage, metrics in STAGES.items():
         write(tmp_path, stage, metrics)
-        rows = [{"step": s, "loss": 3 / s, "learning_rate": 1e-3} for s in range(1, 9)] + [
-            {"step": 8, "eval_loss": 1}
-        ]
+        rows = [{"step": s, "loss": 3 / s, "learning_rate": 1e-3} for s in range(1, 9)] + [{"step": 8, "eval_loss": 1}]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "stage_times.jsonl").write_text("".join(json.dumps(t) + "\n" for t in TIMES))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def quick_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the test of the good run draws its curves: that is most of a report's time."""
+    if "good_run" not in request.node.name:
+        monkeypatch.setattr(report, "plot_curves", lambda curves, path: None)
 
 
 def write(run_dir: Path, stage: str, metrics: dict) -> None:

@@ -133,9 +133,7 @@ def client(url: str) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="session")
-def greedy(
-    model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> Callable[[list[int], int], list[int]]:
+def greedy(model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Callable[[list[int], int], list[int]]:
     """`greedy(prompt_ids, max_new_tokens)` by transformers' generate, padded vocabulary rows suppressed."""
 
     def generate(prompt_ids: list[int], max_new_tokens: int) -> list[int]:

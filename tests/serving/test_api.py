@@ -31,9 +31,7 @@ def chat_text(client: openai.OpenAI, **fields: Any) -> str:
 # --- answers are the model's --------------------------------------------------------------------------------
 
 
-def test_greedy_chat_equals_generate(
-    client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast, greedy: Greedy
-) -> None:
+def test_greedy_chat_equals_generate(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast, greedy: Greedy) -> None:
     prompt_ids = render(tokenizer, QUESTION, add_generation_prompt=True).input_ids
     expected = greedy(prompt_ids, 24)
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=24, temperature=0)
@@ -67,22 +65,16 @@ def test_greedy_completion_equals_generate(
     assert result.usage.prompt_tokens == sum(map(len, prompts[1:4]))
 
 
-def test_sampling_never_leaves_the_vocabulary(
-    client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_sampling_never_leaves_the_vocabulary(client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast) -> None:
     """The model has 40 rows more than the tokenizer; hot sampling would hit them often."""
-    result = client.completions.create(
-        model="tiny", prompt="a", n=16, max_tokens=20, temperature=2, logprobs=20
-    )
+    result = client.completions.create(model="tiny", prompt="a", n=16, max_tokens=20, temperature=2, logprobs=20)
     for choice in result.choices:
         assert None not in choice.logprobs.tokens and len(choice.logprobs.tokens) > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 @pytest.mark.parametrize("stop", [None, ["e", "光"]])
-def test_streaming_equals_not_streaming(
-    client: openai.OpenAI, temperature: float, stop: list[str] | None
-) -> None:
+def test_streaming_equals_not_streaming(client: openai.OpenAI, temperature: float, stop: list[str] | None) -> None:
     for seed in range(2):
         fields = dict(model="tiny", max_tokens=24, temperature=temperature, seed=seed, stop=stop)
         whole = client.chat.completions.create(messages=QUESTION, **fields)
@@ -94,9 +86,7 @@ def test_streaming_equals_not_streaming(
         assert chunks[0].choices[0].delta.role == "assistant"
         deltas = [chunk.choices[0] for chunk in chunks[:-1]]
         assert "".join(choice.delta.content or "" for choice in deltas) == whole.choices[0].message.content
-        assert [choice.finish_reason for choice in deltas if choice.finish_reason] == [
-            whole.choices[0].finish_reason
-        ]
+        assert [choice.finish_reason for choice in deltas if choice.finish_reason] == [whole.choices[0].finish_reason]
         assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
         assert len({chunk.id for chunk in chunks}) == 1
 
@@ -120,9 +110,7 @@ def test_seeds(client: openai.OpenAI) -> None:
     one, again, other = (chat_text(client, temperature=1.5, seed=seed) for seed in (7, 7, 8))
     assert one == again != other
     assert len({chat_text(client, temperature=1.5) for _ in range(4)}) > 1  # no seed: no repetition
-    many = client.chat.completions.create(
-        model="tiny", messages=QUESTION, max_tokens=24, temperature=1.5, seed=7, n=3
-    )
+    many = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=24, temperature=1.5, seed=7, n=3)
     answers = [choice.message.content for choice in many.choices]
     assert answers[:2] == [one, other] and len(set(answers)) == 3
 
@@ -159,16 +147,12 @@ def test_logprobs(client: openai.OpenAI) -> None:
     )
     for entry in entries:
         assert len(entry.top_logprobs) == 3 and entry.top_logprobs[0].logprob == entry.logprob <= 0
-    stream = client.chat.completions.create(
-        messages=QUESTION, logprobs=True, top_logprobs=3, stream=True, **fields
-    )
+    stream = client.chat.completions.create(messages=QUESTION, logprobs=True, top_logprobs=3, stream=True, **fields)
     streamed = [e for chunk in stream if chunk.choices[0].logprobs for e in chunk.choices[0].logprobs.content]
     assert streamed == entries
     text = client.completions.create(prompt="The process", logprobs=2, **fields).choices[0]
     assert "".join(text.logprobs.tokens) == text.text or "\ufffd" in text.text
-    assert (
-        len(text.logprobs.text_offset) == len(text.logprobs.token_logprobs) == len(text.logprobs.top_logprobs)
-    )
+    assert len(text.logprobs.text_offset) == len(text.logprobs.token_logprobs) == len(text.logprobs.top_logprobs)
 
 
 # --- text handling, with answers that are known
@@ -316,9 +300,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("fields", "param"), BAD_CHAT, ids=[f"{p}-{i}" for i, (_, p) in enumerate(BAD_CHAT)])
 def test_bad_chat_requests(url: str, fields: dict[str, Any], param: str) -> None:
     body = json.dumps({"messages": QUESTION, "max_tokens": 2, **fields})
-    response = httpx.post(
-        f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
-    )
+    response = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert error_of(response)["param"] == param
 
@@ -334,13 +316,9 @@ def test_bad_completions(url: str, fields: dict[str, Any]) -> None:
     assert response.status_code == 400 and error_of(response)["message"]
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 50_000, b'{"messages": NaN}']
-)
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 50_000, b'{"messages": NaN}'])
 def test_broken_bodies(url: str, body: bytes) -> None:
-    response = httpx.post(
-        f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
-    )
+    response = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400 and error_of(response)["message"]
 
 
@@ -375,9 +353,7 @@ def test_error_statuses(client: openai.OpenAI, url: str) -> None:
 
 
 def test_answer_fills_the_context_at_most(client: openai.OpenAI) -> None:
-    result = client.completions.create(
-        model="tiny", prompt=[5] * 200, max_tokens=10_000, temperature=0, logit_bias={}
-    )
+    result = client.completions.create(model="tiny", prompt=[5] * 200, max_tokens=10_000, temperature=0, logit_bias={})
     assert result.usage.total_tokens <= 256
 
 

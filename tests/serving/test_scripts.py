@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,6 @@ from smolkit.chat import render
 
 from .conftest import WEATHER, ScriptedEngine
 
-Run = Callable[..., subprocess.CompletedProcess]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -45,98 +45,81 @@ def started(root: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Po
 
 
 @pytest.fixture(scope="module")
-def served(root: Path, checkpoint: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """`serve_hf.py` over the tiny checkpoint."""
-    with started(root, "serve_hf.py", "--model_path", checkpoint, "--dtype", "fp32") as server:
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT directory as train_lora.py writes it, over the tiny checkpoint."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    base = SmolForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    model.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    directory = tmp_path_factory.mktemp("adapter") / "lora"
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def served(root: Path, adapter: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """`serve_hf.py` over the adapter as it lies, with its base model found by itself, and with a key."""
+    flags = ("--dtype", "fp32", "--api_key", "secret", "--served_model_name", "mine", "--max_model_len", 128)
+    with started(root, "serve_hf.py", "--model_path", adapter, *flags) as server:
         yield server
 
 
-def expected_answer(
-    tokenizer: PreTrainedTokenizerFast, greedy: Callable[..., list[int]], text: str, n: int
-) -> str:
-    ids = render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True).input_ids
-    return tokenizer.decode(greedy(ids, n), skip_special_tokens=True)
-
-
-def test_serve_hf_and_chat(
-    served: tuple[str, subprocess.Popen],
-    checkpoint: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    greedy: Callable[..., list[int]],
-    run_script: Run,
+def test_serve_hf(
+    served: tuple[str, subprocess.Popen], checkpoint: Path, adapter: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The server, chat.py talking to it, and chat.py with the checkpoint give transformers' greedy answer."""
-    url, _ = served
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    assert client.models.list().data[0].id == checkpoint.name
-    expected = expected_answer(tokenizer, greedy, "Hello!", 12)
-    answer = client.chat.completions.create(
-        model=checkpoint.name,
-        messages=[{"role": "user", "content": "Hello!"}],
-        max_tokens=12,
-        temperature=0,
+    """The greedy answer is that of `PeftModel.generate`; name, limit and key are the flags'."""
+    from peft import PeftModel
+
+    base = SmolForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = torch.tensor([tokenizer.encode("The process")])
+    output = PeftModel.from_pretrained(base, adapter).generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=10,
+        do_sample=False,
+        suppress_tokens=list(range(len(tokenizer), base.config.vocab_size)),
     )
-    assert answer.choices[0].message.content == expected
-    asked = ("--prompt", "Hello!", "--max_length", 12)
-    for where in (("--base_url", f"{url}/v1"), ("--model_path", checkpoint, "--dtype", "fp32")):
-        result = run_script("chat.py", *where, *asked, env={**ONE_THREAD, "PYTHONUTF8": "1"})
-        assert result.stdout == (expected + "\n" if expected else "")
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="secret")
+    (card,) = client.models.list().data
+    assert (card.id, card.max_model_len) == ("mine", 128)
+    answer = client.completions.create(model="mine", prompt="The process", max_tokens=10, temperature=0)
+    assert answer.choices[0].text == expected
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{served[0]}/v1", api_key="other").models.list()
 
 
-def test_conversation_in_the_terminal(
-    root: Path, served: tuple[str, subprocess.Popen], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_conversation_in_the_terminal(root: Path, served: tuple[str, subprocess.Popen]) -> None:
     lines = "Hello!\n\n/help\n/system Be kind.\nAnd now?\n/reset\nHello!\n"  # ends by end of file
-    command = [sys.executable, str(root / "chat.py"), "--base_url", f"{served[0]}/v1", "--max_tokens", "5"]
+    flags = ["--base_url", f"{served[0]}/v1", "--api_key", "secret", "--max_tokens", "5"]
+    command = [sys.executable, str(root / "chat.py"), *flags]
     result = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=root, timeout=120)
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.count("you> ") == 8 and "commands: /reset" in result.stdout
 
 
-def test_servers_stop_cleanly(root: Path, served: tuple[str, subprocess.Popen], run_script: Run) -> None:
-    """Last user of the module's server: a taken port is one clear line; SIGTERM ends it with exit code 0."""
-    url, process = served
-    port = url.rsplit(":", 1)[1]
-    result = run_script("serve_hf.py", "--model_path", root / "no-such", "--port", port, expect=2)
-    assert "no such directory" in result.stderr
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+def test_server_stops_cleanly(served: tuple[str, subprocess.Popen]) -> None:
+    """The last test with this server."""
+    served[1].send_signal(signal.SIGTERM)
+    assert served[1].wait(30) == 0
 
 
-def test_serve_an_adapter_as_it_lies(
-    root: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_chat_once_with_a_checkpoint(
+    checkpoint: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    greedy: Callable[..., list[int]],
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    """An unmerged LoRA directory is served with its base; SIGINT stops; the key guards."""
-    from peft import LoraConfig, get_peft_model
+    """chat.py with the checkpoint prints transformers' greedy answer."""
+    import chat
 
-    torch.manual_seed(3)
-    base = SmolForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model = get_peft_model(
-        base, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
-    ).eval()
-    model.peft_config["default"].base_model_name_or_path = str(checkpoint)
-    model.save_pretrained(tmp_path / "lora")
-    ids = torch.tensor([tokenizer.encode("The process")])
-    suppress = list(range(len(tokenizer), base.config.vocab_size))
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=10,
-        do_sample=False,
-        suppress_tokens=suppress,
-    )
-    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    flags = ("--dtype", "fp32", "--api_key", "secret", "--served_model_name", "mine", "--max_model_len", 64)
-    with started(root, "serve_hf.py", "--model_path", tmp_path / "lora", *flags) as (url, process):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
-        (card,) = client.models.list().data
-        assert (card.id, card.max_model_len) == ("mine", 64)
-        answer = client.completions.create(model="mine", prompt="The process", max_tokens=10, temperature=0)
-        assert answer.choices[0].text == expected
-        with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=f"{url}/v1", api_key="other").models.list()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+    ids = render(tokenizer, [{"role": "user", "content": "Hello!"}], add_generation_prompt=True).input_ids
+    expected = tokenizer.decode(greedy(ids, 12), skip_special_tokens=True)
+    flags = ["--dtype", "fp32", "--prompt", "Hello!", "--max_length", "12"]
+    chat.main(["--model_path", str(checkpoint), *flags])
+    assert capsys.readouterr().out == expected + "\n"
 
 
 def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -146,12 +129,13 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
 
     def refused(*arguments: object) -> str:
         with pytest.raises(SystemExit) as leaving:
-            run(lambda: serve_hf.main([*map(str, arguments), "--port", "0"]))
+            run(lambda: serve_hf.main(["--port", "0", *map(str, arguments)]))
         assert leaving.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("error: ")
         return line
 
+    assert "no such directory" in refused("--model_path", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "config.json is missing" in refused("--model_path", tmp_path / "empty")
     (tmp_path / "bare").mkdir()
@@ -159,6 +143,10 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     assert "tokenizer_config.json is missing" in refused("--model_path", tmp_path / "bare")
     assert "256" in refused("--model_path", checkpoint, "--max_model_len", 5000)
     assert "not a PEFT adapter" in refused("--model_path", checkpoint, "--adapter", tmp_path / "empty")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in refused("--model_path", checkpoint, "--port", port)
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in checkpoint.iterdir():

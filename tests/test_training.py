@@ -1,0 +1,274 @@
+"""Optimizer with masters, accumulation, evaluation, non-finite losses, resuming; on tiny models in this process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train_pretrain
+from smol_model import SmolConfig, SmolForCausalLM
+from smolkit.arguments import PretrainTrainingArguments
+from smolkit.checkpoints import load_tokenizer
+from smolkit.errors import UserError
+from smolkit.optimizer import MasterAdamW
+from smolkit.packing import PackedCollator, pack_blocks
+from smolkit.training import final_weights
+
+SHAPE = "hidden_size=32 intermediate_size=64 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1"
+WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
+
+
+def sentence(random: np.random.Generator, most: int = 40) -> str:
+    return " ".join(random.choice(WORDS, random.integers(3, most))) + "."
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with text, validation text and a tokenizer."""
+    folder = tmp_path_factory.mktemp("world")
+    random = np.random.default_rng(0)
+    for path, count in ((folder / "text.jsonl", 80), (folder / "validation" / "text.jsonl", 10)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"text": sentence(random)}) + "\n" for _ in range(count)))
+    import train_tokenizer
+
+    train_tokenizer.main(
+        ["--mode", "train", "--data_path", str(folder / "text.jsonl"), "--vocab_size", "320"]
+        + ["--save_dir", str(folder / "tokenizer")]
+    )
+    return folder
+
+
+def pretrain(world: Path, output: Path, *more: str) -> None:
+    """Run train_pretrain.main on the toy text: 8 steps, a checkpoint at step 4."""
+    arguments = f"""--data_path {world}/text.jsonl --tokenizer_path {world}/tokenizer --model_size tiny
+        --model_overrides {SHAPE} --block_size 32 --per_device_train_batch_size 2 --gradient_accumulation_steps 2
+        --max_steps 8 --logging_steps 2 --save_steps 4 --disable_tqdm true --output_dir {output}"""
+    train_pretrain.main([*arguments.split(), *more])
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- optimizer
+
+
+def test_masters_equal_torch_adamw_in_fp32() -> None:
+    torch.manual_seed(0)
+    theirs = [torch.nn.Parameter(torch.randn(17, 5)), torch.nn.Parameter(torch.randn(9))]
+    ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    reference = torch.optim.AdamW(
+        [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}], **settings
+    )
+    optimizer = MasterAdamW(
+        [{"params": ours[:1], "weight_decay": 0.1}, {"params": ours[1:], "weight_decay": 0.0}], **settings
+    )
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)) for o in (reference, optimizer)]
+    for step in range(6):
+        for a, b in zip(theirs, ours, strict=True):
+            a.grad = torch.randn_like(a) * (10 if step % 2 else 0.01)
+            b.grad = a.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        torch.testing.assert_close(optimizer.clip_grad_norm(1.0), norm)
+        reference.step()
+        optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+    for a, b in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_weights_follow_fp32_masters_and_survive_saving(tmp_path) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(64, 8)
+    exact, rounded = torch.nn.Parameter(start.bfloat16().float()), torch.nn.Parameter(start.bfloat16())
+    reference = torch.optim.AdamW([exact], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = MasterAdamW([rounded], lr=1e-4)
+
+    def step(optimizers: list[torch.optim.Optimizer], parameters: list[torch.nn.Parameter]) -> None:
+        gradient = torch.randn(64, 8).bfloat16()
+        for parameter in parameters:
+            parameter.grad = gradient.to(parameter.dtype)
+        for each in optimizers:
+            each.step()
+
+    for _ in range(50):  # steps far below what bf16 can add to a weight of 1
+        step([reference, optimizer], [exact, rounded])
+    torch.testing.assert_close(optimizer.master_of()[rounded], exact.data, rtol=0, atol=1e-6)
+    assert torch.equal(rounded.data, exact.data.bfloat16())
+
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    copy = torch.nn.Parameter(torch.zeros(64, 8, dtype=torch.bfloat16))
+    restored = MasterAdamW([copy], lr=1.0)
+    restored.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert torch.equal(copy, rounded)
+    step([optimizer, restored], [rounded, copy])
+    assert torch.equal(restored.master_of()[copy], optimizer.master_of()[rounded])
+
+
+# --- trainer
+
+
+def trainer_for(world: Path, tmp_path: Path, dtype: torch.dtype = torch.float32, **settings):
+    torch.manual_seed(0)
+    config = SmolConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.1,
+    )
+    model = SmolForCausalLM(config).to(dtype)
+    random = np.random.default_rng(0)
+    documents = [random.integers(0, 300, random.integers(3, 30)).astype(np.int32) for _ in range(64)]
+    data = pack_blocks(documents, 32, seed=0)
+    data = data.select(range(16))
+    arguments = dict(max_steps=3, save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant")
+    args = PretrainTrainingArguments(output_dir=str(tmp_path / "out"), **(arguments | settings))
+    return train_pretrain.PretrainTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=PackedCollator(0),
+        processing_class=load_tokenizer(world / "tokenizer"),
+    )
+
+
+def test_accumulation_changes_nothing_but_rounding(world, tmp_path) -> None:
+    results = []
+    for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
+        trainer = trainer_for(
+            world,
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            logging_steps=1,
+            learning_rate=1e-3,
+        )
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        results.append((losses, final_weights(trainer)))
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-5)
+        for name, value in results[0][1].items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_is_the_mean_over_tokens(world, tmp_path) -> None:
+    trainer = trainer_for(world, tmp_path, per_device_eval_batch_size=3)
+    metrics = trainer.evaluate()
+    losses = []
+    for row in trainer.eval_dataset:  # one by one, document by document, in plain torch
+        ids, positions = (torch.from_numpy(np.array(row[name])).long() for name in ("input_ids", "position_ids"))
+        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
+        for start, end in zip(starts, starts[1:], strict=False):
+            with torch.no_grad():
+                logits = trainer.model.eval()(ids[None, start:end]).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1], ids[start + 1 : end], reduction="none"))
+    expected = torch.cat(losses)
+    assert metrics["eval_loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert metrics["eval_tokens"] == len(expected)
+
+
+def test_bf16_training_tracks_fp32_training(world, tmp_path) -> None:
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        settings = dict(max_steps=12, per_device_train_batch_size=8, logging_steps=1, learning_rate=1e-2)
+        trainer = trainer_for(world, tmp_path, dtype, **settings)
+        trainer.train()
+        losses[dtype] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[torch.float32][-1] < losses[torch.float32][0] - 0.5
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.02)
+
+
+def test_a_non_finite_loss_stops_before_the_update(world, tmp_path) -> None:
+    trainer = trainer_for(world, tmp_path)
+    trainer.model.model.norm.weight.data[0] = float("inf")
+    before = trainer.model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    with pytest.raises(UserError, match="step 1 .*--learning_rate"):
+        trainer.train()
+    assert torch.equal(trainer.model.model.layers[0].mlp.up_proj.weight, before)
+
+
+# --- runs
+
+
+@pytest.mark.parametrize("more", [[], ["num_experts=4", "num_experts_per_tok=2", "qk_norm=true"]])
+def test_interrupted_run_continues_as_if_nothing_happened(world, tmp_path, more, capsys) -> None:
+    overrides = ["--model_overrides", *SHAPE.split(), *more]
+    pretrain(world, tmp_path / "whole", *overrides)
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")  # as it was when killed at step 6
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-8")
+    for name in ("config.json", "model.safetensors", "training_complete.json"):
+        (tmp_path / "broken" / name).unlink()
+    pretrain(world, tmp_path / "broken", *overrides)
+    assert "continued from" in capsys.readouterr().out
+    whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    metrics = rows(tmp_path / "whole" / "metrics.jsonl")
+    assert rows(tmp_path / "broken" / "metrics.jsonl") == metrics
+    assert [row["step"] for row in metrics if "loss" in row] == [2, 4, 6, 8]
+    assert not list((tmp_path / "whole").rglob("*.bin")), "no pickled arguments"
+
+    capsys.readouterr()
+    pretrain(world, tmp_path / "whole", *overrides)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="learning_rate was 0.001 and is now 0.5"):
+        pretrain(world, tmp_path / "whole", *overrides, "--learning_rate", "0.5")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert 320 > reloaded.generation_config.eos_token_id[0]
+
+
+def test_starting_over_replaces_the_earlier_run_only_when_it_is_ours(world, tmp_path) -> None:
+    foreign = tmp_path / "foreign"
+    (foreign / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(UserError, match="checkpoint-3, which this script did not write"):
+        pretrain(world, foreign, "--resume", "never")
+    assert (foreign / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data_path", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--model_size", "huge"], "unknown preset 'huge'"),
+        (["--model_overrides", "nonsense=1"], "nonsense: no such field"),
+        (["--model_overrides", "num_attention_heads=3", "num_key_value_heads=2"], "num_key_value_heads"),
+        (["--block_size", "4096"], "longer than the model's context"),
+        (["--vocab_size", "10"], "--vocab_size 10 is less"),
+        (["--base_model", "nowhere"], "contradicts"),
+        (["--tokenizer_path", "nowhere"], "nowhere: no tokenizer"),
+        (["--weights_dtype", "bf16", "--bf16", "true"], "contradicts"),
+        (["--resume_from_checkpoint", "nowhere"], "not a training checkpoint"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(world, tmp_path, more, message) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        pretrain(world, tmp_path / "out", *more)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"bad.jsonl:2: not valid JSON"),
+        ('{"body": "a"}\n', r"bad.jsonl:1: .*'text' is missing"),
+        ("", "no rows"),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(world, tmp_path, content, message) -> None:
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        pretrain(world, tmp_path / "out", "--data_path", str(tmp_path / "bad.jsonl"))
+    assert not (tmp_path / "out").exists()

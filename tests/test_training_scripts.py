@@ -1,0 +1,296 @@
+"""The four training scripts, one after the other as a user runs them, each under another launcher."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_dpo
+import train_full_sft
+import train_lora
+import train_pretrain
+from smolkit.chat import IM_END, render
+from smolkit.errors import UserError
+from smolkit.packing import IGNORE, PackedCollator, pack_rows, render_conversations, render_preferences
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
+SHAPE = "hidden_size=32 intermediate_size=64 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1"
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+FILES = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "README.md"}
+
+
+def sentence(random: np.random.Generator) -> str:
+    return " ".join(random.choice(WORDS, random.integers(3, 20))) + "."
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def conversations(random: np.random.Generator, count: int) -> list[dict]:
+    rows = []
+    for number in range(count):
+        messages = [{"role": "user", "content": sentence(random)}]
+        row: dict = {"id": str(number), "source": "toy", "messages": messages}
+        if number % 4 == 0:
+            call = {"type": "function", "function": {"name": "weather", "arguments": {"city": sentence(random)}}}
+            row["tools"] = [WEATHER]
+            messages += [
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "sunny"},
+            ]
+        messages.append({"role": "assistant", "content": "It is " + sentence(random)})
+        rows.append(row)
+    return rows
+
+
+def command(*words: object) -> str:
+    """Run in the checkout; stdout and stderr together, which must not report a failure."""
+    result = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, f"{words}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def metrics(directory: Path, name: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    random = np.random.default_rng(0)
+    for part, count in (("", 60), ("validation/", 8)):
+        write(folder / f"pretrain/{part}text.jsonl", [{"text": sentence(random)} for _ in range(count)])
+        write(folder / f"sft/{part}sft.jsonl", conversations(random, count))
+        pairs = [
+            {"prompt": sentence(random), "chosen": "Gladly: " + sentence(random), "rejected": sentence(random)}
+            for _ in range(count // 2)
+        ]
+        write(folder / f"dpo/{part}dpo.jsonl", pairs)
+    command(
+        *(sys.executable, "train_tokenizer.py", "--mode", "train", "--data_path", folder / "pretrain"),
+        *("--vocab_size", 320, "--save_dir", folder / "tokenizer"),
+    )
+    return folder
+
+
+def pretrain_arguments(world: Path, output: Path, batch_size: int) -> list[str]:
+    return f"""--data_path {world}/pretrain --tokenizer_path {world}/tokenizer --model_size tiny
+        --model_overrides {SHAPE} --block_size 64 --per_device_train_batch_size {batch_size} --max_steps 4
+        --logging_steps 1 --weights_dtype fp32 --learning_rate 3e-3 --output_dir {output}""".split()
+
+
+@pytest.fixture(scope="module")
+def pretrained(world) -> Path:
+    """Two gloo ranks under torchrun."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    command(*launcher, "train_pretrain.py", *pretrain_arguments(world, world / "out" / "pretrain", 1))
+    return world / "out" / "pretrain"
+
+
+@pytest.fixture(scope="module")
+def tuned(world, pretrained) -> Path:
+    """accelerate launch."""
+    output = world / "out" / "sft"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1)
+    more = ("--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no")
+    arguments = f"""--data_path {world}/sft --base_model {pretrained} --tokenizer_path {world}/tokenizer
+        --tokenizer_type qwen --max_length 128 --num_epochs 2 --per_device_train_batch_size 4 --logging_steps 1
+        --learning_rate 5e-3 --output_dir {output}""".split()
+    command(*launcher, *more, "train_full_sft.py", *arguments)
+    return output
+
+
+def test_two_ranks_equal_one_process(world, pretrained, tmp_path) -> None:
+    train_pretrain.main([*pretrain_arguments(world, tmp_path / "one", 2), "--disable_tqdm", "true"])
+    assert metrics(pretrained) == pytest.approx(metrics(tmp_path / "one"), rel=1e-5)
+    assert metrics(pretrained, "tokens") == metrics(tmp_path / "one", "tokens")
+    assert metrics(pretrained, "eval_loss") == pytest.approx(metrics(tmp_path / "one", "eval_loss"), rel=1e-5)
+    one, two = (load_file(path / "model.safetensors") for path in (tmp_path / "one", pretrained))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_fine_tuning_learns_and_leaves_a_complete_directory(tuned) -> None:
+    losses = metrics(tuned)
+    assert losses[-1] < losses[0] - 0.3
+    assert FILES <= {path.name for path in tuned.iterdir()}
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    stops = json.loads((tuned / "generation_config.json").read_text())["eos_token_id"]
+    assert stops[0] == tokenizer.convert_tokens_to_ids(IM_END) and len(stops) == 2
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    assert model.config.vocab_size == len(tokenizer)
+    assert (tuned / "timing.jsonl").is_file()
+
+
+def test_lora_adapter_and_merged_model_agree(world, tuned) -> None:
+    output = world / "out" / "lora"
+    before = (tuned / "model.safetensors").read_bytes()
+    command(
+        *(sys.executable, "train_lora.py", "--data_path", world / "sft", "--base_model", tuned, "--lora_r", 4),
+        *("--max_length", 128, "--max_steps", 6, "--learning_rate", "1e-2", "--weights_dtype", "fp32", "--merge"),
+        *("--output_dir", output, "--logging_steps", 1),
+    )
+    assert (tuned / "model.safetensors").read_bytes() == before
+    assert metrics(output)[-1] < metrics(output)[0]
+    ids = torch.arange(5, 25)[None]
+    base = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, output)(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(world / "out" / "lora-merged", dtype=torch.float32)
+    torch.testing.assert_close(merged(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert (adapted - plain).abs().max() > 0.01
+
+
+def test_lora_adapts_fused_experts(world, tmp_path) -> None:
+    """PEFT works on the fused tensors; the merged directory has per-expert names again."""
+    moe = [*SHAPE.split(), "num_experts=4", "num_experts_per_tok=2"]
+    quiet = "--disable_tqdm true --weights_dtype fp32 --max_steps 3 --max_length 128".split()
+    train_full_sft.main(
+        f"""--data_path {world}/sft --init_from_scratch --model_size tiny-moe --tokenizer_path {world}/tokenizer
+        --output_dir {tmp_path}/base --model_overrides""".split()
+        + [*moe, *quiet]
+    )
+    train_lora.main(
+        f"""--data_path {world}/sft --base_model {tmp_path}/base --output_dir {tmp_path}/lora --merge
+        --learning_rate 1e-2 --lora_target all-linear experts""".split()
+        + quiet
+    )
+    base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "lora-merged"))
+    assert base.keys() == merged.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert any(".experts.3." in name for name in changed)
+    assert not any(".mlp.gate." in name for name in changed), "the router stays"
+
+
+def test_lora_refuses_unknown_modules(world, tuned, tmp_path) -> None:
+    arguments = f"--data_path {world}/sft --base_model {tuned} --output_dir {tmp_path}/out --max_length 128".split()
+    with pytest.raises(UserError, match="--lora_target nonsense"):
+        train_lora.main([*arguments, "--lora_target", "nonsense"])
+    with pytest.raises(UserError, match="has no experts"):
+        train_lora.main([*arguments, "--lora_target", "experts"])
+    assert not (tmp_path / "out").exists()
+
+
+def dpo_arguments(world: Path, model: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *f"""--data_path {world}/dpo --model_path {model} --max_length 128 --num_epochs 3 --logging_steps 1
+        --per_device_train_batch_size 8 --learning_rate 1e-3 --beta 0.5 --output_dir {output}""".split(),
+        *more,
+    ]
+
+
+def test_dpo_starts_at_ln_2_and_learns_the_preference(world, tuned) -> None:
+    output = world / "out" / "dpo"
+    text = command(sys.executable, "train_dpo.py", *dpo_arguments(world, tuned, output, "--weights_dtype", "fp32"))
+    assert "agree before step 1" in text
+    assert metrics(output)[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert metrics(output, "rewards/accuracies")[-1] > 0.9
+    assert metrics(output, "eval_rewards/accuracies")[-1] > 0.9
+    assert FILES <= {path.name for path in output.iterdir()}
+
+
+def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
+    more = ["--weights_dtype", "bf16", "--rpo_alpha", "1.0", "--disable_tqdm", "true", "--max_eval_rows", "0"]
+    train_dpo.main(dpo_arguments(world, tuned, tmp_path / "out", *more))
+    chosen = metrics(tmp_path / "out", "logps/chosen")
+    assert chosen[-1] > chosen[0]
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_dpo_refuses_another_reference(world, tuned, pretrained, tmp_path) -> None:
+    more = ["--ref_model_path", str(pretrained), "--disable_tqdm", "true"]
+    with pytest.raises(UserError, match="disagree before step 1.*--ref_model_path"):
+        train_dpo.main(dpo_arguments(world, tuned, tmp_path / "out", *more))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_dpo_refuses_equal_answers(world, tuned, tmp_path) -> None:
+    write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    with pytest.raises(UserError, match=r"pairs.jsonl:1: .*the same"):
+        train_dpo.main(dpo_arguments(world, tuned, tmp_path / "out", "--data_path", str(tmp_path / "pairs.jsonl")))
+
+
+def test_a_mistake_leaves_with_exit_code_2_and_one_line(world, tmp_path) -> None:
+    words = (sys.executable, "train_full_sft.py", "--data_path", world / "sft", "--base_model", tmp_path)
+    result = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == f"error: {tmp_path}: no config.json in it: not a checkpoint"
+
+
+def test_a_foreign_tokenizer_is_refused(world, tuned, tmp_path) -> None:
+    write(tmp_path / "other.jsonl", [{"text": "zzz yyy xxx zzz yyy xxx 123 " * 20}])
+    other = tmp_path / "tokenizer"
+    command(
+        *(sys.executable, "train_tokenizer.py", "--mode", "train", "--data_path", tmp_path / "other.jsonl"),
+        *("--vocab_size", 300, "--save_dir", other),
+    )
+    arguments = f"--data_path {world}/sft --base_model {tuned} --tokenizer_path {other} --output_dir {tmp_path}/out"
+    with pytest.raises(UserError, match="is not the tokenizer of"):
+        train_full_sft.main(arguments.split())
+
+
+def test_labels_are_the_assistant_text(world) -> None:
+    """What is trained, decoded: replies and calls with their end token, nothing else."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    messages = [
+        {"role": "system", "content": "be nice"},
+        {"role": "user", "content": f"hi {IM_END} there"},
+        {"role": "assistant", "content": "red cat"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "blue dog"},
+    ]
+    pieces, counts = render_conversations([{"messages": messages, "tools": [WEATHER]}], tokenizer, 1024)
+    batch = PackedCollator(tokenizer.pad_token_id)(pack_rows(pieces, 1024, seed=0).__getitems__([0]))
+    labels = batch["labels"][0]
+    assert tokenizer.decode(labels[labels != IGNORE]) == (
+        f"red cat{IM_END}"
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+        f"{IM_END}blue dog{IM_END}"
+    )
+    assert (counts.kept, counts.cut, counts.dropped) == (1, 0, 0)
+
+
+def test_too_long_conversations_are_cut_after_a_reply(world) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
+    turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "red cat"}]
+    one, two = (len(render(tokenizer, turn * n).input_ids) for n in (1, 2))
+    pieces, counts = render_conversations([{"messages": turn * 3}, {"messages": turn}], tokenizer, two + 1)
+    assert [len(piece.input_ids) for piece in pieces] == [two, one]
+    assert (counts.kept, counts.cut, counts.dropped) == (1, 1, 0)
+    with pytest.raises(UserError, match="raise --max_length"):
+        render_conversations([{"messages": turn}], tokenizer, one - 1)
+
+
+def test_preferences_are_prompt_and_two_completions(world) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
+    prompt = [{"role": "user", "content": "hi"}]
+    row = {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": "red cat"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    pairs, dropped = render_preferences([row], tokenizer, 64)
+    assert dropped == 0
+    assert tokenizer.decode(pairs[0]["prompt_ids"]).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(pairs[0]["chosen_ids"]) == f"red cat{IM_END}"
+    assert tokenizer.decode(pairs[0]["rejected_ids"]) == f"no{IM_END}"
+    with pytest.raises(UserError, match="no pair fits"):
+        render_preferences([row], tokenizer, 4)
