@@ -16,7 +16,6 @@ runs, and exits.
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from smolkit.errors import run
 from smolkit.openai_api import create_app
@@ -26,6 +25,8 @@ from smolkit.serving import (
     listen,
     load_engine,
     load_tokenizer,
+    model_name_of,
+    newest_checkpoint,
     serve,
     split_adapter,
     stop_ids_of,
@@ -35,7 +36,9 @@ from smolkit.serving import (
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", required=True, help="checkpoint directory, or a PEFT adapter directory")
+    parser.add_argument(
+        "--model_path", help="checkpoint or PEFT adapter directory; default: the newest checkpoint under out/"
+    )
     parser.add_argument("--adapter", help="PEFT adapter directory, merged into the model while loading")
     parser.add_argument(
         "--dtype",
@@ -56,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     prepare(seed=None, threads=args.threads)
-    directory, adapter = split_adapter(args.model_path, args.adapter)
+    path = args.model_path or newest_checkpoint()
+    directory, adapter = split_adapter(path, args.adapter)
     sock = listen(args.host, args.port)  # a taken port shows before the model is loaded
     tokenizer = load_tokenizer(directory)
-    model_name = args.served_model_name or Path(args.model_path).resolve().name
+    model_name = args.served_model_name or model_name_of(path)
     engine = load_engine(
         directory,
         tokenizer,

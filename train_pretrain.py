@@ -39,9 +39,7 @@ class PretrainTrainer(TokenLossMixin, TrainerMixin, Trainer):
     """`transformers.Trainer` with this toolkit's loss, masters and checkpoints."""
 
 
-def text_rows(
-    files: list[Path], tokenizer: PreTrainedTokenizerFast, block_size: int, seed: int
-) -> tuple[Dataset, str]:
+def text_rows(files: list[Path], tokenizer: PreTrainedTokenizerFast, block_size: int, seed: int) -> tuple[Dataset, str]:
     """Packed rows of the texts in `files`, and one line about them."""
     texts = (row["text"] for row in read_pretrain(files))
     documents = list(tokenize_documents(texts, partial(encode_texts, tokenizer), document_end_id(tokenizer)))

@@ -241,7 +241,11 @@ class _CommonBehaviour:
             raise UserError(f"--num_epochs {self.num_train_epochs} must be positive (or give --max_steps)")
         if self.learning_rate < 0:
             raise UserError(f"--learning_rate {self.learning_rate} must not be negative")
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns true would remove what keeps packed documents apart")
         super().__post_init__()
+        if self.mixed_precision == "fp16" and self.use_cpu:
+            raise UserError("the launcher's --mixed_precision fp16 needs a GPU; on a CPU leave it out")
 
 
 def _with_defaults(name: str, base: type, doc: str, **defaults: Any) -> type:

@@ -24,9 +24,7 @@ def require_checkpoint(directory: str | Path) -> Path:
         raise UserError(f"{directory}: no such checkpoint directory")
     if not (directory / "config.json").is_file():
         adapter = (directory / "adapter_config.json").is_file()
-        hint = (
-            "it is a PEFT adapter; merge it first (train_lora.py --merge)" if adapter else "not a checkpoint"
-        )
+        hint = "it is a PEFT adapter; merge it first (train_lora.py --merge)" if adapter else "not a checkpoint"
         raise UserError(f"{directory}: no config.json in it: {hint}")
     if not any((directory / name).is_file() for name in _WEIGHTS):
         raise UserError(f"{directory}: no safetensors weights ({' or '.join(_WEIGHTS)}) in it")
@@ -46,9 +44,7 @@ def load_tokenizer(directory: str | Path, kind: str = "auto") -> PreTrainedToken
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: unreadable tokenizer: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"{directory}: needs a fast tokenizer (tokenizer.json); train_tokenizer.py --mode load"
-        )
+        raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json); train_tokenizer.py --mode load")
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (END_OF_TEXT, IM_START, IM_END) if token not in vocabulary]
     if missing and kind == "qwen":
@@ -56,9 +52,7 @@ def load_tokenizer(directory: str | Path, kind: str = "auto") -> PreTrainedToken
     if tokenizer.pad_token_id is None and END_OF_TEXT in vocabulary:
         tokenizer.pad_token = END_OF_TEXT
     if tokenizer.pad_token_id is None:
-        raise UserError(
-            f"{directory}: the tokenizer has no pad token; train_tokenizer.py --mode load adds one"
-        )
+        raise UserError(f"{directory}: the tokenizer has no pad token; train_tokenizer.py --mode load adds one")
     return tokenizer
 
 
@@ -68,9 +62,7 @@ def require_chat(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> N
     if not tokenizer.chat_template or "generation" not in str(tokenizer.chat_template):
         raise UserError(f"{directory}: the tokenizer's chat template has no generation marks; {remedy}")
     if tokenizer.pad_token_id == tokenizer.get_vocab().get(IM_END):
-        raise UserError(
-            f"{directory}: pad and chat end are the same token, models would not learn to stop; {remedy}"
-        )
+        raise UserError(f"{directory}: pad and chat end are the same token, models would not learn to stop; {remedy}")
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -156,13 +148,10 @@ def load_config(
             f"the tokenizer in {tokenizer_directory} has {len(tokenizer)} entries but the model in "
             f"{directory} a vocabulary of {config.vocab_size}; use the tokenizer the model was trained with"
         )
-    if (directory / "tokenizer.json").is_file() and Path(
-        tokenizer_directory
-    ).resolve() != directory.resolve():
+    if (directory / "tokenizer.json").is_file() and Path(tokenizer_directory).resolve() != directory.resolve():
         if AutoTokenizer.from_pretrained(directory).get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"{tokenizer_directory} is not the tokenizer of {directory}; "
-                "leave --tokenizer_path out to use its own"
+                f"{tokenizer_directory} is not the tokenizer of {directory}; leave --tokenizer_path out to use its own"
             )
     return config
 
@@ -175,9 +164,7 @@ def build_model(
         config._attn_implementation = attention
         return SmolForCausalLM(config).to(dtype)
     try:
-        return SmolForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation=attention
-        )
+        return SmolForCausalLM.from_pretrained(directory, config=config, dtype=dtype, attn_implementation=attention)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"{directory}: cannot load the weights: {' '.join(str(error).split())}") from error
 
@@ -241,9 +228,7 @@ def save_adapter(trainer: Any, card: str) -> None:
     """Write a trainer's adapter as a PEFT directory, aside and renamed (call it on all processes)."""
     directory = Path(trainer.args.output_dir)
     aside = directory / ".writing"
-    state = (
-        trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
-    )
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
     if trainer.args.should_save:
         shutil.rmtree(aside, ignore_errors=True)
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
@@ -259,9 +244,7 @@ def move_into(aside: Path, directory: Path) -> None:
     for stale in (*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"):
         if not (aside / stale.name).exists():
             stale.unlink(missing_ok=True)
-    files = sorted(
-        (path for path in aside.rglob("*") if path.is_file()), key=lambda path: path.name == "config.json"
-    )
+    files = sorted((path for path in aside.rglob("*") if path.is_file()), key=lambda path: path.name == "config.json")
     for file in files:
         target = directory / file.relative_to(aside)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -35,9 +35,7 @@ class MasterAdamW(torch.optim.Optimizer):
             weight if weight.dtype == torch.float32 else weight.detach().float() for weight in self._weights
         ]
         masters = iter(self._masters)
-        groups = [
-            {**group, "params": [next(masters) for _ in group["params"]]} for group in self.param_groups
-        ]
+        groups = [{**group, "params": [next(masters) for _ in group["params"]]} for group in self.param_groups]
         self._adam = torch.optim.AdamW(groups, fused=True)
 
     def master_of(self) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -65,9 +63,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self._adam.step()
         self._adam.grad_scale = None
         copies = [
-            (w, m)
-            for w, m in zip(self._weights, self._masters, strict=True)
-            if m is not w and m.grad is not None
+            (w, m) for w, m in zip(self._weights, self._masters, strict=True) if m is not w and m.grad is not None
         ]
         if copies:
             torch._foreach_copy_([weight for weight, _ in copies], [master for _, master in copies])

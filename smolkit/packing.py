@@ -75,9 +75,7 @@ def pack_blocks(documents: Sequence[np.ndarray], block_size: int, seed: int) -> 
     positions = (index - np.maximum.accumulate(np.where(starts, index, 0))).astype(np.int32)
     labels = np.where(starts, IGNORE, tokens).astype(np.int32)
     cuts = range(0, len(tokens), block_size)
-    return _dataset(
-        *([array[cut : cut + block_size] for cut in cuts] for array in (tokens, labels, positions))
-    )
+    return _dataset(*([array[cut : cut + block_size] for cut in cuts] for array in (tokens, labels, positions)))
 
 
 @dataclass
@@ -116,8 +114,7 @@ def render_conversations(
         pieces.append(piece)
     if not pieces:
         raise UserError(
-            f"no conversation has an answer within {max_length} tokens ({counts.dropped} dropped); "
-            "raise --max_length"
+            f"no conversation has an answer within {max_length} tokens ({counts.dropped} dropped); raise --max_length"
         )
     return pieces, counts
 
@@ -174,9 +171,7 @@ def pack_conversations(
     train = pack_rows(pieces, max_length, seed, pack)
     evaluation = None
     if eval_files:
-        evaluation = pack_rows(
-            render_conversations(read_sft(eval_files), tokenizer, max_length)[0], max_length, seed
-        )
+        evaluation = pack_rows(render_conversations(read_sft(eval_files), tokenizer, max_length)[0], max_length, seed)
         evaluation = evaluation.select(range(min(max_eval_rows, len(evaluation))))
     tokens, trained = count_tokens(train)
     summary = (
@@ -201,9 +196,7 @@ def pack_rows(pieces: Sequence[Piece], max_length: int, seed: int, pack: bool = 
         rows = [[i] for i in order]
     ids = [np.concatenate([pieces[i].input_ids for i in row]) for row in rows]
     labels = [np.concatenate([pieces[i].labels for i in row]) for row in rows]
-    positions = [
-        np.concatenate([np.arange(len(pieces[i].input_ids), dtype=np.int32) for i in row]) for row in rows
-    ]
+    positions = [np.concatenate([np.arange(len(pieces[i].input_ids), dtype=np.int32) for i in row]) for row in rows]
     return _dataset(ids, labels, positions)
 
 
@@ -236,9 +229,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _dataset(ids: list[np.ndarray], labels: list[np.ndarray], positions: list[np.ndarray]) -> Dataset:
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "position_ids": positions}).with_format(
-        "numpy"
-    )
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "position_ids": positions}).with_format("numpy")
 
 
 @dataclass

@@ -146,7 +146,8 @@ def fingerprint(path: str | Path) -> str:
     """Size and hash of a file (of its ends beyond 64 MiB), or hash of a model directory's main files."""
     path = Path(path)
     if path.is_dir():
-        names = sorted([*path.glob("*.safetensors"), *path.glob("tokenizer.json"), *path.glob("config.json")])
+        patterns = ("*.safetensors", "config.json", "tokenizer.json", "vocab.json", "merges.txt")
+        names = sorted(name for pattern in patterns for name in path.glob(pattern))
         return hashlib.sha256(" ".join(fingerprint(name) for name in names).encode()).hexdigest()[:16]
     digest, size, chunk = hashlib.sha256(), path.stat().st_size, 32 * 2**20
     with open(path, "rb") as file:
@@ -164,13 +165,9 @@ def find_start(args: TrainingArguments, settings: dict[str, Any], resume: str) -
     directory = Path(args.output_dir)
     if args.resume_from_checkpoint:
         if resume == "never":
-            raise UserError(
-                "--resume never and --resume_from_checkpoint contradict each other; leave one out"
-            )
+            raise UserError("--resume never and --resume_from_checkpoint contradict each other; leave one out")
         if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {args.resume_from_checkpoint}: not a training checkpoint"
-            )
+            raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: not a training checkpoint")
         return False, args.resume_from_checkpoint
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--output_dir {directory} is a file; name a directory")
@@ -188,9 +185,17 @@ def find_start(args: TrainingArguments, settings: dict[str, Any], resume: str) -
         return False, None
     changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
     if changed:
-        name = min(changed)
         raise UserError(
-            f"{directory} holds a run with other settings: {name} was {before.get(name)!r} and is now "
-            f"{settings.get(name)!r}; use another --output_dir, or --resume never to start over"
+            f"{directory} holds a run with other settings: {_difference(before, settings, min(changed))}; "
+            "use another --output_dir, or --resume never to start over"
         )
     return (directory / COMPLETE_FILE).is_file(), get_last_checkpoint(directory)
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any], name: str) -> str:
+    """What changed in one setting; for the inputs, which file."""
+    old, new = before.get(name), now.get(name)
+    if name != "inputs" or not isinstance(old, dict) or not isinstance(new, dict):
+        return f"{name} was {old!r} and is now {new!r}"
+    path = min(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+    return f"{path} {'has changed' if path in old and path in new else 'is not an input of both'}"

@@ -47,6 +47,21 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def newest_checkpoint(root: str | Path = "out") -> Path:
+    """The checkpoint directory under `root` that was written last."""
+    configs = [c for c in Path(root).glob("**/config.json") if any(c.parent.glob("*.safetensors"))]
+    if not configs:
+        raise UserError(f"no checkpoint under {root}/: give one as --model_path")
+    newest = max(configs, key=lambda config: config.stat().st_mtime).parent
+    logger.info("no --model_path: taking the newest checkpoint, %s", newest)
+    return newest
+
+
+def model_name_of(path: str | Path) -> str:
+    """The name in the API: the directory's."""
+    return Path(path).resolve().name
+
+
 def check_checkpoint(directory: str | Path) -> Path:
     """The directory, or `UserError` when it holds no model with a tokenizer."""
     path = Path(directory)

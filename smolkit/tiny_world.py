@@ -1,26 +1,28 @@
 """A small invented bilingual world that a tiny model can really learn, generated from one seed.
 
-The world has people, towns and things; each has a few attributes with a dozen possible values, and every fact exists in
-English and Chinese. From it come the data of every stage, so that each stage has something to prove on items it never saw:
+The world has people, towns and things; each has a few attributes with up to ten possible values, and every fact exists
+in English and Chinese. From it come the data of every stage, so that each has something to prove on unseen items:
 
-- pretraining text states *all* facts in many wordings, next to short stories, small sums and everyday notes whose names and
-  numbers are drawn afresh every time (those can only be predicted by copying, which is what tool calls need later);
-- SFT conversations teach the question form on *half* of the entities (`taught`), tool calls, refusals and multi-turn chat;
+- pretraining text states *all* facts in many wordings, next to stories, sums, passages with a question, and everyday
+  notes whose names and numbers are drawn afresh every time: those can only be predicted by copying, which is what tool
+  calls need, and what keeps answers from being recited from a list of known names;
+- SFT conversations teach the question form on *half* of the entities (`taught`), tool calls, refusals, reading and
+  multi-turn chat;
 - the exam asks about the *other* half, and asks for tool calls with values that occur nowhere in the training data;
 - LoRA data teaches writing welcome cards, which no other stage contains;
-- preference pairs differ in one quality: a full sentence with a friendly closing against a curt or wrong answer.
+- preference pairs differ in one quality: a full sentence with a friendly closing against a plain or curt answer.
 
 Everything is drawn from `random.Random` with string seeds, so the files are reproducible byte for byte.
 `data/README.md` documents the files.
 """
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from smolkit.files import atomic_writer, write_json
 from smolkit.tiny_world_words import (
     CLOSING,
     CURT,
@@ -151,6 +153,23 @@ def catechism(world: World, language: str, rng: random.Random) -> str:
     return "\n".join(pairs)
 
 
+def passage(language: str, rng: random.Random, reserved: bool = False) -> tuple[str, str, str]:
+    """Two invented facts about somebody or something unknown, a question about one of them, and its answer."""
+    spec = KINDS[rng.choice(("person", "person", "town", "thing"))]
+    x = draw("item" if spec is KINDS["thing"] else "name", language, rng, reserved)
+    column = LANGUAGES.index(language)
+    told = [(a, rng.choice(a.values)[column]) for a in rng.sample(spec.attributes, 2)]
+    text = join([rng.choice(a.statements[language]).format(x=x, y=y) for a, y in told], language)
+    attribute, y = rng.choice(told)
+    question = rng.choice(attribute.questions[language]).format(x=x)
+    return text, question, attribute.answer[language].format(x=x, y=y)
+
+
+def reading(world: World, language: str, rng: random.Random) -> str:
+    """A passage about an unknown entity, a question and the answer: the form of an answer, with names to copy."""
+    return "\n".join(passage(language, rng))
+
+
 def note(world: World, language: str, rng: random.Random) -> str:
     """Everyday notes about fresh names and numbers, each followed by the same as a JSON record and in other words."""
     lines = []
@@ -185,11 +204,12 @@ def sums(world: World, language: str, rng: random.Random) -> str:
 
 
 PRETRAINING_MIX: tuple[tuple[float, str, Callable[[World, str, random.Random], str]], ...] = (
-    (0.36, "people_and_places", biography),
-    (0.10, "questions", catechism),
-    (0.30, "notes", note),
-    (0.18, "dictation", dictation),
-    (0.04, "stories", story),
+    (0.34, "people_and_places", biography),
+    (0.08, "questions", catechism),
+    (0.12, "reading", reading),
+    (0.26, "notes", note),
+    (0.15, "dictation", dictation),
+    (0.03, "stories", story),
     (0.02, "arithmetic", sums),
 )
 
@@ -264,14 +284,18 @@ def tool_call(tool: Tool, language: str, rng: random.Random, reserved: bool = Fa
     return messages, arguments
 
 
+SFT_MIX = (("fact", "reading", "two_turns", "refusal", "tool", "no_tool"), (30, 16, 8, 10, 32, 4))
+
+
 def sft_conversations(world: World, count: int, part: str = "train") -> Iterator[dict]:
-    """`count` conversations: facts of the taught half, two-turn chats, refusals, tool calls, tools that are not needed."""
+    """`count` conversations: facts of the taught half, questions about a passage, two-turn chats, refusals,
+    tool calls, tools that are offered but not needed."""
     rng = random.Random(f"sft {part} {world.seed}")
     taught = world.facts(taught=True)
     for i in range(count):
         language = rng.choice(LANGUAGES)
         polite = rng.random() < 0.3
-        kind = rng.choices(("fact", "two_turns", "refusal", "tool", "no_tool"), (34, 10, 10, 40, 6))[0]
+        kind = rng.choices(*SFT_MIX)[0]
         row: dict = {"id": f"tiny-sft-{part}-{i}", "source": f"tiny_world/{kind}"}
         messages = question_and_answer(rng.choice(taught), language, rng, polite)
         if kind == "two_turns":
@@ -280,6 +304,9 @@ def sft_conversations(world: World, count: int, part: str = "train") -> Iterator
             )
         elif kind == "refusal":
             messages = refusal(language, rng)
+        elif kind == "reading":
+            text, question, answer = passage(language, rng)
+            messages = [user(join([text, question], language)), assistant(answer)]
         elif kind == "tool":
             tool = rng.choice(TOOLS)
             messages, _ = tool_call(tool, language, rng)
@@ -331,7 +358,13 @@ def preference_pairs(world: World, count: int, part: str = "train") -> Iterator[
 
 
 def exam(world: World) -> Iterator[dict]:
-    """Questions about the held-out half, tool calls with reserved values, refusals and the LoRA skill."""
+    """`exam_items`, numbered."""
+    for i, row in enumerate(exam_items(world)):
+        yield {"id": f"{row['kind']}-{row['language']}-{i}", **row}
+
+
+def exam_items(world: World) -> Iterator[dict]:
+    """Questions about the held-out half; tool calls, refusals, passages and the LoRA skill with reserved values."""
     rng = random.Random(f"exam {world.seed}")
     for language in LANGUAGES:
         for entity, attribute in world.facts(taught=False):
@@ -342,30 +375,32 @@ def exam(world: World) -> Iterator[dict]:
         for tool in TOOLS * 12:
             messages, arguments = tool_call(tool, language, rng, reserved=True)
             call = {"name": tool.name, "arguments": arguments}
-            yield {**item("tool", language, messages[:1], call), "tools": offered_tools(tool, rng)}
+            yield item("tool", language, messages[:1], call, tools=offered_tools(tool, rng))
         for _ in range(30):
             question, answer = refusal(language, rng, reserved=True)
             yield item("refusal", language, [question], answer["content"])
+        for _ in range(30):
+            text, question, expected = passage(language, rng, reserved=True)
+            yield item("reading", language, [user(join([text, question], language))], expected)
         for _ in range(30):
             question, answer = skill_conversation(language, rng, reserved=True)
             yield item("skill", language, [question], answer["content"])
 
 
 def item(kind: str, language: str, messages: list[dict], answer: object, **extra: object) -> dict:
-    digest = to_json([kind, messages, answer])
-    return {"id": f"{kind}-{language}-{random.Random(digest).randrange(10**9):09d}", "kind": kind, "language": language,
-            "messages": messages, "answer": answer, **extra}
+    return {"kind": kind, "language": language, "messages": messages, "answer": answer, **extra}
 
 
 # ---------------------------------------------------------------- files
 
-SIZES = {"pretrain": (24_000, 300), "sft": (5_000, 100), "lora": (800, 50), "dpo": (1_000, 200)}  # rows: training, validation
+# rows for training and validation
+SIZES = {"pretrain": (24_000, 300), "sft": (5_000, 100), "lora": (800, 50), "dpo": (1_000, 200)}
 
 
 def write(output_dir: Path, seed: int, parts: set[str], small: bool = False) -> dict[str, int]:
     """Write the data files of `parts` ("pretrain", "sft", "lora", "dpo", "exam"); rows per file.
 
-    `small` writes a twentieth of the training rows. Each file is written aside and renamed, so it is whole or absent."""
+    `small` writes a twentieth of the training rows. Each file is written aside and renamed: it is whole or absent."""
     world = build_world(seed)
     makers = {
         "pretrain": pretraining_documents,
@@ -384,22 +419,13 @@ def write(output_dir: Path, seed: int, parts: set[str], small: bool = False) -> 
     if "exam" in parts:
         counts[str(output_dir / "exam/exam.jsonl")] = write_jsonl(output_dir / "exam/exam.jsonl", exam(world))
         tools = output_dir / "exam/tools.json"
-        replace_file(tools, json.dumps([tool.schema() for tool in TOOLS], ensure_ascii=False, indent=1) + "\n")
+        write_json(tools, [tool.schema() for tool in TOOLS])
         counts[str(tools)] = len(TOOLS)
     return counts
 
 
 def write_jsonl(path: Path, rows: Iterator[dict]) -> int:
     lines = [to_json(row) + "\n" for row in rows]
-    replace_file(path, "".join(lines))
+    with atomic_writer(path) as file:
+        file.writelines(lines)
     return len(lines)
-
-
-def replace_file(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

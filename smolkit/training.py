@@ -104,9 +104,7 @@ class TrainerMixin:
             config = self.model.config
             length = inputs["input_ids"].shape[-1]
             exact = isinstance(config, SmolConfig)
-            self._flops_per_token = (
-                flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
-            )
+            self._flops_per_token = flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
         return self._flops_per_token * inputs["input_ids"].numel()
 
     def observe_router(self, outputs: Any) -> None:
@@ -181,9 +179,7 @@ class TrainerMixin:
             save_tokenizer(self.processing_class, directory)
             write_json(directory / "training_arguments.json", json.loads(self.args.to_json_string()))
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """By `from_pretrained`: on disk the experts of a MoE have other names than in memory."""
         target = self.model if model is None else model
         if not isinstance(target, SmolForCausalLM) or self.is_fsdp_enabled:
@@ -206,9 +202,7 @@ class TokenLossMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        loss, outputs = Trainer.compute_loss(
-            self, model, {**inputs, "use_cache": False}, True, num_items_in_batch
-        )
+        loss, outputs = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, True, num_items_in_batch)
         self.observe_router(outputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -223,9 +217,7 @@ class TokenLossMixin:
             batch["labels"][torch.tensor(numbers) >= len(rows)] = IGNORE
             return batch
 
-        return DataLoader(
-            range(rank, padded, world), batch_size=self.args.eval_batch_size, collate_fn=collate
-        )
+        return DataLoader(range(rank, padded, world), batch_size=self.args.eval_batch_size, collate_fn=collate)
 
     def evaluation_loop(
         self,
@@ -252,9 +244,7 @@ class TokenLossMixin:
             f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1),
             f"{metric_key_prefix}_tokens": int(tokens),
         }
-        return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset)
-        )
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
 
 # --- callbacks ----------------------------------------------------------------------------------------------
@@ -284,9 +274,7 @@ class Progress(TrainerCallback):
             from tqdm.auto import tqdm
 
             every = 0.5 if sys.stderr.isatty() else 15.0  # a log file needs no animation
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, mininterval=every, dynamic_ncols=True
-            )
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, mininterval=every, dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -294,9 +282,7 @@ class Progress(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last window is logged even when it is a short one
 
-    def on_log(
-        self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not getattr(self, "writes", False):
             return
         now = time.perf_counter()
@@ -324,9 +310,7 @@ class Progress(TrainerCallback):
     ) -> None:
         self.last_time = time.perf_counter()  # evaluation is not training time
         if self.bar is not None and metrics:
-            self.bar.write(
-                f"step {state.global_step}: validation loss {metrics.get('eval_loss', float('nan')):.4f}"
-            )
+            self.bar.write(f"step {state.global_step}: validation loss {metrics.get('eval_loss', float('nan')):.4f}")
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

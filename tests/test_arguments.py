@@ -108,6 +108,7 @@ def test_bad_yaml(tmp_path, content: str, message: str) -> None:
         (PRETRAIN, "--data_path a --model_overrides hidden_size", "field=value"),
         (PRETRAIN, "--data_path a --pad_vocab_to_multiple_of 0", "--pad_vocab_to_multiple_of 0"),
         (PRETRAIN, "--data_path a --eval_strategy epoch --load_best_model_at_end", "strategy to match"),
+        (PRETRAIN, "--data_path a --remove_unused_columns true", "--remove_unused_columns"),
         (SFT, "--data_path a", "--base_model is required"),
         (SFT, "--data_path a --base_model m --init_from_scratch", "contradict"),
         (LORA, "--data_path a --base_model m --lora_r 0", "--lora_r 0"),

@@ -16,6 +16,10 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def training_text(directory, *parts):
+    return "".join((directory / part / f"{part}_data.jsonl").read_text(encoding="utf-8") for part in parts)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
@@ -81,7 +85,7 @@ def answers(directory, part):
 def test_every_fact_is_in_pretraining_and_no_exam_answer_is_in_any_later_stage(files, world):
     directory, _ = files
     pretraining = "\n".join(row["text"] for row in read(directory / "pretrain/pretrain_data.jsonl"))
-    asked = "".join((directory / part / f"{part}_data.jsonl").read_text(encoding="utf-8") for part in ("sft", "lora", "dpo"))
+    asked = training_text(directory, "sft", "lora", "dpo")
     later = "\n".join(chain.from_iterable(answers(directory, part) for part in ("sft", "lora", "dpo")))
     for taught in (True, False):
         for entity, attribute in world.facts(taught):
@@ -93,11 +97,14 @@ def test_every_fact_is_in_pretraining_and_no_exam_answer_is_in_any_later_stage(f
                     assert not any(q.format(x=entity.name[language]) in asked for q in attribute.questions[language])
 
 
+def test_exam_ids_are_unique(files):
+    ids = [row["id"] for row in read(files[0] / "exam/exam.jsonl")]
+    assert len(ids) == len(set(ids))
+
+
 def test_exam_values_occur_in_no_training_file(files):
     directory, _ = files
-    training = "".join(
-        (directory / part / f"{part}_data.jsonl").read_text(encoding="utf-8") for part in ("pretrain", "sft", "lora", "dpo")
-    )
+    training = training_text(directory, "pretrain", "sft", "lora", "dpo")
     for row in read(directory / "exam/exam.jsonl"):
         if row["kind"] == "tool":
             for value in row["answer"]["arguments"].values():
@@ -130,7 +137,8 @@ def test_every_exam_tool_is_offered_and_its_arguments_stand_in_the_question(file
             assert set(row["answer"]["arguments"]) == set(offered[row["answer"]["name"]]["required"])
             for value in row["answer"]["arguments"].values():
                 assert str(value) in row["messages"][-1]["content"]
-    assert {tool.name for tool in TOOLS} == {r["answer"]["name"] for r in read(directory / "exam/exam.jsonl") if r["kind"] == "tool"}
+    calls = [row["answer"]["name"] for row in read(directory / "exam/exam.jsonl") if row["kind"] == "tool"]
+    assert set(calls) == {tool.name for tool in TOOLS}
 
 
 def test_the_welcome_card_skill_appears_only_in_the_lora_data(files):

@@ -145,12 +145,13 @@ def trainer_for(world: Path, tmp_path: Path, dtype: torch.dtype = torch.float32,
 
 def test_accumulation_changes_nothing_but_rounding(world, tmp_path) -> None:
     results = []
-    for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
+    for batch, accumulation, recompute in ((8, 1, False), (4, 2, True), (2, 4, False)):
         trainer = trainer_for(
             world,
             tmp_path,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
+            gradient_checkpointing=recompute,
             logging_steps=1,
             learning_rate=1e-3,
         )
@@ -225,6 +226,13 @@ def test_interrupted_run_continues_as_if_nothing_happened(world, tmp_path, more,
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="learning_rate was 0.001 and is now 0.5"):
         pretrain(world, tmp_path / "whole", *overrides, "--learning_rate", "0.5")
+    more_text = tmp_path / "more.jsonl"
+    more_text.write_text((world / "text.jsonl").read_text())
+    arguments = [*overrides, "--data_path", str(more_text)]
+    pretrain(world, tmp_path / "other", *arguments, "--max_steps", "1")
+    more_text.write_text(more_text.read_text() * 2)
+    with pytest.raises(UserError, match="more.jsonl has changed"):
+        pretrain(world, tmp_path / "other", *arguments, "--max_steps", "1")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert 320 > reloaded.generation_config.eos_token_id[0]
 

@@ -294,3 +294,19 @@ def test_preferences_are_prompt_and_two_completions(world) -> None:
     assert tokenizer.decode(pairs[0]["rejected_ids"]) == f"no{IM_END}"
     with pytest.raises(UserError, match="no pair fits"):
         render_preferences([row], tokenizer, 4)
+
+
+def test_real_text_and_tokenizer_end_in_a_model_that_loads_elsewhere(samples, tmp_path) -> None:
+    """The generated twin of this test is the chain above."""
+    tokenizer, text = samples / "qwen2.5_tokenizer", samples / "wikitext2" / "valid.txt"
+    train_pretrain.main(
+        f"""--data_path {text} --tokenizer_path {tokenizer} --tokenizer_type qwen --model_size tiny
+        --pad_vocab_to_multiple_of 128 --block_size 128 --max_steps 3 --logging_steps 1 --learning_rate 1e-2
+        --per_device_train_batch_size 4 --disable_tqdm true --output_dir {tmp_path}/out --model_overrides
+        hidden_size=16 intermediate_size=32 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=1""".split()
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size % 128 == 0
+    assert model.config.vocab_size >= len(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    losses = metrics(tmp_path / "out")
+    assert math.log(151_665) * 0.9 < losses[0] < math.log(151_665) * 1.1

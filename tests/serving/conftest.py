@@ -1,7 +1,12 @@
 """A tiny random checkpoint with a tokenizer of its own, and servers over it."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -58,7 +63,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(vocab_size: int, **overrides: object) -> SmolConfig:
     """Weights large enough that a random model's answers vary."""
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    rest = dict(num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.4)
+    # vLLM's CPU attention wants a head size of at least 32.
+    rest = dict(num_key_value_heads=2, head_dim=32, max_position_embeddings=256, initializer_range=0.4)
     return SmolConfig(vocab_size=vocab_size, **{**sizes, **rest, **overrides})
 
 
@@ -80,6 +86,26 @@ def checkpoint(
     generation = {"eos_token_id": chat_stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     (directory / "generation_config.json").write_text(json.dumps(generation))
     return directory
+
+
+@contextmanager
+def started(root: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server process on a free port; gives the URL it prints."""
+    command = [sys.executable, str(root / str(arguments[0])), *map(str, arguments[1:]), "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, env=environment)
+    log = []
+    try:
+        for line in process.stderr:
+            log.append(line)
+            if found := re.search(r"serving at (http://\S+)/v1", line):
+                yield found[1], process
+                break
+        else:
+            pytest.fail("the server ended before it was ready:\n" + "".join(log))
+    finally:
+        process.kill()
+        process.communicate()
 
 
 class ScriptedEngine:
@@ -117,9 +143,21 @@ def scripted(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[ScriptedEngin
         yield engine, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-@pytest.fixture(scope="session")
-def url(model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    """A real server over the tiny model on a free loopback port."""
+@pytest.fixture(scope="session", params=["torch", pytest.param("vllm", marks=pytest.mark.slow)])
+def url(
+    request: pytest.FixtureRequest,
+    model: SmolForCausalLM,
+    checkpoint: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    root: Path,
+) -> Iterator[str]:
+    """A real server over the tiny model on a free loopback port: one suite for both engines."""
+    if request.param == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+        flags = ("--served_model_name", "tiny", "--dtype", "float32", "--max_num_seqs", "4")
+        with started(root, "serve_vllm.py", "--model_path", checkpoint, *flags) as (base, _):
+            yield base
+        return
     engine = TorchEngine(model, model_name="tiny", vocab_limit=len(tokenizer), max_num_seqs=4)
     with serving(create_app(engine, tokenizer, "tiny")) as base:
         yield base

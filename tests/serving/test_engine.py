@@ -91,10 +91,10 @@ def test_peft_model() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = random_model("dense")
-    plain = generate_batch(model, [[7, 8, 9]], 12, STOPS)
+    plain = generate_batch(model, [[7, 8, 9]], 12, ())
     config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     wrapped = get_peft_model(model, config).eval()
-    (answer,) = generate_batch(wrapped, [[7, 8, 9]], 12, STOPS)
+    (answer,) = generate_batch(wrapped, [[7, 8, 9]], 12, ())
     ids = torch.tensor([[7, 8, 9]])
     expected = wrapped.generate(
         input_ids=ids,

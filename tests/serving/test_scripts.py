@@ -1,14 +1,15 @@
 """The scripts as a person runs them: servers that start, answer and stop; the terminal chat; bad input."""
 
+import importlib.util
 import json
 import os
-import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -18,30 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
 from smolkit.chat import render
+from smolkit.errors import UserError
+from smolkit.serving import newest_checkpoint
 
-from .conftest import WEATHER, ScriptedEngine
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
-@contextmanager
-def started(root: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server process on a free port; gives the URL it prints."""
-    command = [sys.executable, str(root / str(arguments[0])), *map(str, arguments[1:]), "--port", "0"]
-    environment = {**os.environ, **ONE_THREAD}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, env=environment)
-    log = []
-    try:
-        for line in process.stderr:
-            log.append(line)
-            if found := re.search(r"serving at (http://\S+)/v1", line):
-                yield found[1], process
-                break
-        else:
-            pytest.fail("the server ended before it was ready:\n" + "".join(log))
-    finally:
-        process.kill()
-        process.communicate()
+from .conftest import WEATHER, ScriptedEngine, started
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +139,32 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     assert "cannot be loaded" in refused("--model_path", broken)
 
 
+def test_serve_vllm_refuses(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    """What it cannot do yet, by name; and how to get vLLM where it is missing."""
+    import serve_vllm
+
+    for method in ("int8", "int4"):
+        with pytest.raises(UserError, match=f"{method}: this version cannot quantise"):
+            serve_vllm.main(["--quantization", method])
+    with pytest.raises(UserError, match="unmerged adapter"):
+        serve_vllm.main(["--model_path", str(adapter)])
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(UserError, match="requirements-vllm"):
+            serve_vllm.main(["--model_path", str(checkpoint), "--port", "0"])
+    args, rest = serve_vllm.parse(["--tensor_parallel_size", "4", "--enforce_eager", "--port", "1"])
+    assert rest == ["--enforce_eager", "--tensor_parallel_size", "4"] and args.port == 1
+
+
+def test_newest_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint under"):
+        newest_checkpoint(tmp_path)
+    for age, name in ((100, "old"), (10, "new"), (50, "older")):
+        shutil.copytree(checkpoint, tmp_path / "run" / name)
+        moment = time.time() - age
+        os.utime(tmp_path / "run" / name / "config.json", (moment, moment))
+    assert newest_checkpoint(tmp_path) == tmp_path / "run" / "new"
+
+
 def test_chat_tools(
     scripted: tuple[ScriptedEngine, openai.OpenAI],
     tmp_path: Path,
@@ -192,7 +199,6 @@ def test_chat_tools(
 
 def test_chat_errors(tmp_path: Path, scripted: tuple[ScriptedEngine, openai.OpenAI]) -> None:
     import chat
-    from smolkit.errors import UserError
 
     url = str(scripted[1].base_url)
     with pytest.raises(UserError, match="no server answers"):

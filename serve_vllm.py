@@ -1,0 +1,92 @@
+"""Serve a checkpoint as an OpenAI-compatible API with vLLM: the same routes and answers as serve_hf.py, for load.
+
+    pip install -r requirements-vllm-cuda.txt        (without a GPU: requirements-vllm-cpu.txt)
+    python serve_vllm.py
+    python serve_vllm.py --model_path out/quickstart/dpo --tensor_parallel_size 4 --gpu_memory_utilization 0.9
+
+Without --model_path the newest checkpoint under out/ is served. Flags that are not listed here go to vLLM's engine
+as they are (`--enforce_eager`, `--kv_cache_dtype fp8`, ...; see vLLM's "Engine Arguments").
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from smolkit.errors import UserError, run
+from smolkit.openai_api import create_app
+from smolkit.serving import (
+    add_server_arguments,
+    listen,
+    load_tokenizer,
+    model_name_of,
+    newest_checkpoint,
+    serve,
+    split_adapter,
+    stop_ids_of,
+)
+
+# Ours by name because the reference documents them; vLLM reads them.
+ENGINE_FLAGS = {
+    "tensor_parallel_size": (int, "number of GPUs to split each layer over"),
+    "gpu_memory_utilization": (float, "part of the GPU memory to use, 0 to 1"),
+    "max_num_batched_tokens": (int, "most tokens of one step"),
+    "max_num_seqs": (int, "most sequences of one step"),
+    "max_model_len": (int, "longest prompt plus answer"),
+    "quantization": (str, "a method that vLLM applies while loading, such as fp8"),
+}
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what is vLLM's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", help="checkpoint directory; default: the newest under out/")
+    for name, (kind, text) in ENGINE_FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    add_server_arguments(parser)
+    args, rest = parser.parse_known_args(argv)
+    if args.quantization in ("int8", "int4"):
+        raise UserError(
+            f"--quantization {args.quantization}: this version cannot quantise; leave it out, or serve a directory "
+            "that is quantised already (vLLM recognises compressed-tensors, AWQ and GPTQ by itself)"
+        )
+    for name in ENGINE_FLAGS:
+        if (value := getattr(args, name)) is not None:
+            rest += [f"--{name}", str(value)]
+    return args, rest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load, listen, serve."""
+    args, rest = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    path = args.model_path or newest_checkpoint()
+    directory, adapter = split_adapter(path, None)
+    if adapter is not None:
+        raise UserError(f"{path}: an unmerged adapter; merge it (train_lora.py --merge) or use serve_hf.py")
+    try:
+        from smolkit.vllm_engine import VllmEngine, engine_args
+    except ImportError as error:
+        raise UserError(
+            f"vLLM cannot be imported ({error}): install requirements-vllm-cuda.txt (or -cpu), or use serve_hf.py"
+        ) from None
+    sock = listen(args.host, args.port)
+    tokenizer = load_tokenizer(directory)
+    name = args.served_model_name or model_name_of(path)
+    vllm_args = engine_args(["--model", str(directory), *rest])
+    engine = VllmEngine(vllm_args, model_name=name, vocab_limit=len(tokenizer))
+    app = create_app(
+        engine,
+        tokenizer,
+        name,
+        args.api_key,
+        stop_ids=stop_ids_of(directory, tokenizer),
+        default_max_tokens=args.default_max_tokens,
+    )
+    try:
+        serve(app, sock)
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    run(main)

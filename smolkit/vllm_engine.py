@@ -1,0 +1,96 @@
+"""The `Engine` protocol over vLLM's `AsyncLLM`: token ids in, token events out.
+
+vLLM never sees text: rendering, detokenising, stop strings and tool calls stay in `smolkit.openai_api`, so both
+servers answer alike.
+"""
+
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+
+from vllm import SamplingParams, TokensPrompt
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from smolkit.engine import EngineError
+from smolkit.sampling import GenerationRequest, TokenEvent
+
+
+def engine_args(arguments: Sequence[str]) -> AsyncEngineArgs:
+    """vLLM's engine arguments from its own flags; underscores and dashes are the same to its parser."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="serve_vllm.py (vLLM's engine arguments)"))
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+
+
+class VllmEngine:
+    """vLLM as an `Engine`. `vocab_limit` keeps padded vocabulary rows from being sampled."""
+
+    def __init__(self, args: AsyncEngineArgs, *, model_name: str, vocab_limit: int) -> None:
+        self._llm = AsyncLLM.from_engine_args(args)
+        self._name = model_name
+        rows = self._llm.model_config.get_vocab_size()
+        self._allowed = list(range(vocab_limit)) if vocab_limit < rows else None
+
+    @property
+    def model_name(self) -> str:
+        return self._name
+
+    @property
+    def max_model_len(self) -> int:
+        return self._llm.model_config.max_model_len
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Yield the tokens of one request; vLLM queues without limit, so this is never busy."""
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        outputs = self._llm.generate(prompt, self._sampling_params(request), uuid.uuid4().hex)
+        try:
+            async with aclosing(outputs):  # closing early makes vLLM abort the request
+                async for output in outputs:
+                    for event in _events(output.outputs[0]):
+                        yield event
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineError("generation failed") from error
+
+    def _sampling_params(self, request: GenerationRequest) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=dict(request.logit_bias) or None,
+            stop_token_ids=list(request.stop_ids),
+            seed=request.seed,
+            logprobs=request.logprobs,
+            allowed_token_ids=self._allowed,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def close(self) -> None:
+        """Stop vLLM's processes."""
+        self._llm.shutdown()
+
+
+def _events(output: CompletionOutput) -> list[TokenEvent]:
+    events = []
+    token_ids = list(output.token_ids)
+    for number, token_id in enumerate(token_ids):
+        finish = output.finish_reason if number == len(token_ids) - 1 else None
+        if finish not in (None, "stop", "length"):
+            raise EngineError(f"generation ended early: {finish}")
+        logprob, top = None, ()
+        if output.logprobs is not None:
+            entries = output.logprobs[number]
+            logprob = entries[token_id].logprob
+            best = sorted(entries.items(), key=lambda item: item[1].rank)
+            top = tuple((i, entry.logprob) for i, entry in best)
+        events.append(TokenEvent(token_id, logprob, top, finish))
+    return events
