@@ -1,6 +1,6 @@
 # Two commands matter: `make quickstart` (text in, chat endpoint out) and `make test`.
 #   make quickstart MODEL=tiny-moe          the same with a Mixture-of-Experts
-#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu     take torch from an index of your choice
+#   make setup TORCH_INDEX=URL              take torch from an index of your choice (PyTorch has one for CPUs)
 #   make setup PYTHON=/path/to/python3.11   another interpreter
 #   make setup-vllm                         adds vLLM (CPU or CUDA build) for serve_vllm.py
 
@@ -24,10 +24,10 @@ import sys, torch
 print("torch", torch.__version__, "- sees", torch.cuda.device_count(), "GPU(s)")
 if sys.argv[1] == "cuda" and not torch.cuda.is_available():
     sys.exit("error: there is a GPU, but this torch cannot use it: see `nvidia-smi` and choose a build for your"
-             " driver, e.g. make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130")
+             " driver, then make setup TORCH_INDEX=URL with the address of PyTorch's index for it")
 if sys.argv[1] == "cpu" and torch.version.cuda:
     print("note: a CUDA build without a GPU works, but is large; smaller: remove $(VENV), then make setup"
-          " TORCH_INDEX=https://download.pytorch.org/whl/cpu")
+          " TORCH_INDEX=URL with the address of PyTorch's CPU index")
 endef
 export TORCH_CHECK
 

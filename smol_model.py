@@ -447,8 +447,10 @@ class Rotate(torch.autograd.Function):
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """Write x (B, T, H, Dh), turned, into `out` of the same shape."""
+    """x (B, T, H, Dh), turned, in the memory of `out` of the same shape."""
     (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which gets `out=` on a view wrong (torch 2.13) and fuses this anyway
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     return out
@@ -669,7 +671,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
     rows, weight = rows.to(dtype), weight.to(dtype)
     aligned = all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
-    if aligned and dtype in (torch.bfloat16, torch.float32) and (device == "cpu" or dtype == torch.bfloat16):
+    eager_cpu = device == "cpu" and not torch.compiler.is_compiling()
+    if aligned and (dtype == torch.bfloat16 or (dtype == torch.float32 and eager_cpu)):
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     parts = rows.split([*sizes, len(rows) - sum(sizes)])
@@ -735,7 +738,7 @@ class SmolDecoderLayer(GradientCheckpointingLayer):
         self.mlp = SparseMoE(config) if config.num_experts else SwiGLU(config)
         self.input_layernorm = SmolRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = SmolRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.residual_dropout = config.residual_dropout
+        self.drop = nn.Dropout(config.residual_dropout)  # a module, so that TRL can switch it off
 
     def forward(self, x: Tensor, *, real: Tensor | None, **attention: Any) -> tuple[Tensor, ...]:
         """x (B, T, D) -> (x,) or, for MoE, (x, router logits (N, E), *RouterStats).
@@ -748,9 +751,6 @@ class SmolDecoderLayer(GradientCheckpointingLayer):
             return (x + self.drop(self.mlp(normed)),)
         mixed, logits, stats = self.mlp(normed, real)
         return x + self.drop(mixed), logits, *stats
-
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.residual_dropout) if self.training and self.residual_dropout else x
 
 
 @dataclass
@@ -841,7 +841,7 @@ class SmolModel(SmolPreTrainedModel):
         inputs_embeds: Tensor | None = None,  # (B, T, D)
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
+        output_router_logits: bool | None = None,  # accepted because callers pass it; they are always returned
         **kwargs: Any,
     ) -> SmolModelOutput:
         """With `attention_mask` None, position ids that restart inside a row separate packed documents."""
@@ -909,7 +909,8 @@ class SmolModel(SmolPreTrainedModel):
         """(N,) bool, False for padding; None where every token is real or the model has no router."""
         if not self.config.num_experts or attention_mask is None or attention_mask.dim() != 2:
             return None
-        return attention_mask[:, -x.shape[1] :].reshape(-1).bool()
+        real = attention_mask[:, -x.shape[1] :].reshape(-1).bool()
+        return None if real.all() else real
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def tool_call(tool: Tool, language: str, rng: random.Random, reserved: bool = Fa
     return messages, arguments
 
 
-SFT_MIX = (("fact", "reading", "two_turns", "refusal", "tool", "no_tool"), (30, 16, 8, 10, 32, 4))
+SFT_MIX = (("fact", "reading", "two_turns", "refusal", "tool", "no_tool"), (28, 12, 8, 8, 40, 4))
 
 
 def sft_conversations(world: World, count: int, part: str = "train") -> Iterator[dict]:

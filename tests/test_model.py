@@ -323,6 +323,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(options, reentrant):
     assert_same_gradients(gradients(model), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {**MOE, "capacity_factor": 1.0}])
+def test_compiling_gives_the_same_gradients(options):
+    model, x = build(**options).train(), tokens(2, 10)
+    loss = model(x, labels=x).loss
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")(x, labels=x).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled, loss)
+    assert_same_gradients(gradients(model), expected)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["attention_dropout", "residual_dropout"])
 def test_dropout_is_honoured_in_training_only(name, attention):

@@ -163,6 +163,8 @@ def test_save_load_save_is_byte_stable_and_keeps_training_settings(case, tmp_pat
     loaded = SmolForCausalLM.from_pretrained(first)
     for name, value in {"residual_dropout": 0.1, "attention_dropout": 0.2, "eos_token_id": [3, 4], **extras}.items():
         assert getattr(loaded.config, name) == value, name
+    changed = SmolForCausalLM.from_pretrained(first, residual_dropout=0.0)
+    assert changed.model.layers[0].drop.p == 0.0 and loaded.model.layers[0].drop.p == 0.1
     loaded.save_pretrained(second)
     assert sorted(p.name for p in first.iterdir()) == sorted(p.name for p in second.iterdir())
     for path in first.iterdir():

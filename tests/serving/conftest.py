@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,20 +94,25 @@ def checkpoint(
 def started(root: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Popen]]:
     """A server process on a free port; gives the URL it prints."""
     command = [sys.executable, str(root / str(arguments[0])), *map(str, arguments[1:]), "--port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, env=environment)
-    log = []
-    try:
-        for line in process.stderr:
-            log.append(line)
-            if found := re.search(r"serving at (http://\S+)/v1", line):
-                yield found[1], process
-                break
-        else:
-            pytest.fail("the server ended before it was ready:\n" + "".join(log))
-    finally:
-        process.kill()
-        process.communicate()
+    # A file, not a pipe: a pipe that nobody reads any more would block the server when it is full.
+    with tempfile.NamedTemporaryFile("w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stderr=log, cwd=root, env=environment)
+        try:
+            text, deadline = "", time.monotonic() + 300
+            while not (found := re.search(r"serving at (http://\S+)/v1", text)):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"the server did not start:\n{text}")
+                time.sleep(0.1)
+                text = Path(log.name).read_text()
+            yield found[1], process
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 class ScriptedEngine:

@@ -101,7 +101,6 @@ def test_peft_model() -> None:
         attention_mask=torch.ones_like(ids),
         max_new_tokens=12,
         do_sample=False,
-        eos_token_id=STOPS,
         pad_token_id=0,
     )
     assert answer == expected[0, 3:].tolist() and [answer] != plain
