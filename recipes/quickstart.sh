@@ -28,13 +28,17 @@ stage data python prepare_datasets.py --source tiny --output_dir "$DATA"
 stage tokenizer python train_tokenizer.py --mode train --vocab_size 2000 --extra_special_tokens \
   --data_path "$DATA/pretrain/pretrain_data.jsonl" "$DATA/sft/sft_data.jsonl" --save_dir "$OUT/tokenizer"
 
-# --- training: many small steps (512 tokens) learn more per second on two cores than few large ones
+# --- training: many small steps (512 tokens) learn more per second on two cores than few large ones. The large
+#     --adam_epsilon keeps Adam from moving embeddings that the data hardly ever shows: it would scale their tiny gradients
+#     up to full steps, and the names that only pretraining knows would be unlearned by the fine-tuning.
 stage pretrain python train_pretrain.py --data_path "$DATA/pretrain/pretrain_data.jsonl" \
   --tokenizer_path "$OUT/tokenizer" --model_size "$MODEL" --block_size 128 --per_device_train_batch_size 4 \
-  --max_steps 1500 --learning_rate 4e-3 --lr_scheduler_type cosine --warmup_steps 50 --output_dir "$OUT/pretrain"
+  --max_steps 2200 --learning_rate 4e-3 --lr_scheduler_type cosine --warmup_steps 50 --adam_beta2 0.98 \
+  --adam_epsilon 1e-5 --output_dir "$OUT/pretrain"
 
 SFT=(python train_full_sft.py --data_path "$DATA/sft/sft_data.jsonl" --tokenizer_path "$OUT/tokenizer"
-  --max_length 512 --per_device_train_batch_size 2 --num_epochs 1 --learning_rate 1e-3 --warmup_steps 20)
+  --max_length 512 --per_device_train_batch_size 2 --num_epochs 1 --learning_rate 1e-3 --lr_scheduler_type cosine
+  --warmup_steps 20 --adam_beta2 0.98 --adam_epsilon 1e-4)
 stage sft "${SFT[@]}" --base_model "$OUT/pretrain" --output_dir "$OUT/sft"
 # the control: the same conversations without the pretraining must not answer the exam
 if [ "$MODEL" = tiny ]; then
