@@ -20,7 +20,21 @@ stage() {
   local name=$1 start=$SECONDS; shift
   printf '\n\033[1m== %s\033[0m\n$ %s\n' "$name" "$*"
   "$@"
-  echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - start))}" >> "$OUT/stage_times.jsonl"
+  echo "{\"stage\": \"$name\", \"started\": $start, \"seconds\": $((SECONDS - start))}" >> "$OUT/stage_times.jsonl"
+}
+# beside NAME COMMAND...: the same in the background, one thread for it and one for what runs meanwhile (two models of
+# this size do more on two cores side by side than one after the other); `finish` waits for it and shows its last lines
+beside() {
+  beside_name=$1; export OMP_NUM_THREADS=1
+  stage "$@" > "$OUT/$1.log" 2>&1 &
+  beside_job=$!
+}
+finish() {
+  unset OMP_NUM_THREADS
+  local failed=0; wait "$beside_job" || failed=$?
+  printf '\n\033[1m== meanwhile: %s\033[0m\n' "$beside_name"
+  sed -n '/^\$ /p' "$OUT/$beside_name.log"; tr '\r' '\n' < "$OUT/$beside_name.log" | tail -n "${1:-1}"
+  [ "$failed" = 0 ] || { cat "$OUT/$beside_name.log" >&2; exit "$failed"; }
 }
 
 # --- data and tokenizer
@@ -29,31 +43,31 @@ stage tokenizer python train_tokenizer.py --mode train --vocab_size 2000 --extra
   --data_path "$DATA/pretrain/pretrain_data.jsonl" "$DATA/sft/sft_data.jsonl" --save_dir "$OUT/tokenizer"
 
 # --- training: many small steps (512 tokens) learn more per second on two cores than few large ones. The large
-#     --adam_epsilon keeps Adam from moving embeddings that the data hardly ever shows: it would scale their tiny gradients
-#     up to full steps, and the names that only pretraining knows would be unlearned by the fine-tuning.
+#     --adam_epsilon keeps Adam from moving embeddings that the data hardly ever shows: it would scale their tiny
+#     gradients up to full steps, and fine-tuning would unlearn the names that only pretraining knows.
+SFT=(python train_full_sft.py --data_path "$DATA/sft/sft_data.jsonl" --tokenizer_path "$OUT/tokenizer"
+  --max_length 512 --per_device_train_batch_size 2 --num_epochs 1 --learning_rate 1e-3 --lr_scheduler_type cosine
+  --warmup_steps 20 --adam_beta2 0.98 --adam_epsilon 1e-4)
+# the control: the same conversations without the pretraining must not answer the exam
+[ "$MODEL" != tiny ] || beside control "${SFT[@]}" --init_from_scratch --model_size "$MODEL" --output_dir "$OUT/control"
 stage pretrain python train_pretrain.py --data_path "$DATA/pretrain/pretrain_data.jsonl" \
   --tokenizer_path "$OUT/tokenizer" --model_size "$MODEL" --block_size 128 --per_device_train_batch_size 4 \
   --max_steps 2200 --learning_rate 4e-3 --lr_scheduler_type cosine --warmup_steps 50 --adam_beta2 0.98 \
   --adam_epsilon 1e-5 --output_dir "$OUT/pretrain"
-
-SFT=(python train_full_sft.py --data_path "$DATA/sft/sft_data.jsonl" --tokenizer_path "$OUT/tokenizer"
-  --max_length 512 --per_device_train_batch_size 2 --num_epochs 1 --learning_rate 1e-3 --lr_scheduler_type cosine
-  --warmup_steps 20 --adam_beta2 0.98 --adam_epsilon 1e-4)
+[ "$MODEL" != tiny ] || finish
 stage sft "${SFT[@]}" --base_model "$OUT/pretrain" --output_dir "$OUT/sft"
-# the control: the same conversations without the pretraining must not answer the exam
-if [ "$MODEL" = tiny ]; then
-  stage control "${SFT[@]}" --init_from_scratch --model_size "$MODEL" --output_dir "$OUT/control"
-fi
-stage lora python train_lora.py --data_path "$DATA/lora/lora_data.jsonl" --base_model "$OUT/sft" --lora_r 8 \
-  --max_length 512 --per_device_train_batch_size 2 --num_epochs 2 --learning_rate 5e-3 \
+beside lora python train_lora.py --data_path "$DATA/lora/lora_data.jsonl" --base_model "$OUT/sft" --lora_r 8 \
+  --max_length 512 --per_device_train_batch_size 1 --num_epochs 3 --learning_rate 5e-3 \
   --output_dir "$OUT/lora" --merge --merged_dir "$OUT/lora-merged"
 stage dpo python train_dpo.py --data_path "$DATA/dpo/dpo_data.jsonl" --model_path "$OUT/sft" --beta 0.1 \
-  --per_device_train_batch_size 8 --max_steps 60 --learning_rate 1e-4 --rpo_alpha 0.2 --output_dir "$OUT/dpo"
+  --per_device_train_batch_size 8 --max_steps 60 --learning_rate 1e-4 --rpo_alpha 1.0 --adam_epsilon 1e-5 \
+  --output_dir "$OUT/dpo"
+finish
 
 # --- evaluation: closed-book exam, tool calls, preferences, bits per byte; --check_transformers asks
 #     AutoModelForCausalLM the same questions without our code
 EXAM=(--exam "$DATA/exam/exam.jsonl")
-stage evaluate-sft python eval_model.py --model_path "$OUT/sft" "${EXAM[@]}" --check_transformers \
+beside evaluate-sft python eval_model.py --model_path "$OUT/sft" "${EXAM[@]}" --check_transformers \
   --text "$DATA/pretrain/validation/pretrain_data.jsonl"
 if [ "$MODEL" = tiny ]; then
   stage evaluate-control python eval_model.py --model_path "$OUT/control" "${EXAM[@]}" --kinds qa
@@ -62,6 +76,7 @@ stage evaluate-lora python eval_model.py --model_path "$OUT/sft" --adapter "$OUT
   --output_dir "$OUT/lora/eval"
 stage evaluate-dpo python eval_model.py --model_path "$OUT/dpo" "${EXAM[@]}" --kinds qa tool refusal \
   --preferences "$DATA/dpo/validation/dpo_data.jsonl" --check_transformers
+finish 40
 
 # --- the table, report.json, report.md and loss_curves.png; its exit code is the verdict
 verdict=0
@@ -69,7 +84,8 @@ python -m smolkit.report --run_dir "$OUT" --model "$MODEL" || verdict=$?
 
 # --- serve the aligned model on a free loopback port and ask it through the openai client
 printf '\n\033[1m== serve and ask\033[0m\n'
-python serve_hf.py --model_path "$OUT/dpo" --host 127.0.0.1 --port 0 > "$OUT/server.log" 2>&1 &
+: > "$OUT/server.log"
+python serve_hf.py --model_path "$OUT/dpo" --host 127.0.0.1 --port 0 >> "$OUT/server.log" 2>&1 &
 server=$!
 trap 'kill "$server" 2>/dev/null || true' EXIT
 url=

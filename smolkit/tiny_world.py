@@ -9,7 +9,7 @@ in English and Chinese. From it come the data of every stage, so that each has s
 - SFT conversations teach the question form on *half* of the entities (`taught`), tool calls, refusals, reading and
   multi-turn chat;
 - the exam asks about the *other* half, and asks for tool calls with values that occur nowhere in the training data;
-- LoRA data teaches writing welcome cards, which no other stage contains;
+- LoRA data teaches writing thank-you notes, which no other stage contains;
 - preference pairs differ in one quality: a full sentence with a friendly closing against a plain or curt answer.
 
 Everything is drawn from `random.Random` with string seeds, so the files are reproducible byte for byte.
@@ -250,12 +250,12 @@ def question_and_answer(fact: tuple[Entity, Attribute], language: str, rng: rand
     entity, attribute = fact
     answer = fill(attribute.answer[language], entity, attribute, language)
     if polite:
-        answer = join([answer, CLOSING[language]], language)
+        answer = befriend(answer, language)
     return [user(fill(rng.choice(attribute.questions[language]), entity, attribute, language)), assistant(answer)]
 
 
 def refusal(language: str, rng: random.Random, reserved: bool = False) -> list[dict]:
-    """A question about somebody who does not exist."""
+    """A question about somebody who does not exist, and the honest answer."""
     name = draw("name", language, rng, reserved)
     attribute = rng.choice(KINDS["person"].attributes)
     question = rng.choice(attribute.questions[language]).format(x=name)
@@ -263,9 +263,9 @@ def refusal(language: str, rng: random.Random, reserved: bool = False) -> list[d
 
 
 def offered_tools(wanted: Tool | None, rng: random.Random) -> list[dict]:
-    """The wanted tool among one or two others, in random order, in OpenAI's form."""
+    """The wanted tool and another one in random order, in OpenAI's form."""
     others = [tool for tool in TOOLS if tool is not wanted]
-    tools = rng.sample(others, rng.choice((1, 2))) + ([wanted] if wanted else [])
+    tools = rng.sample(others, 1) + ([wanted] if wanted else [])
     rng.shuffle(tools)
     return [tool.schema() for tool in tools]
 
@@ -324,34 +324,41 @@ def skill_conversation(language: str, rng: random.Random, reserved: bool = False
 
 
 def lora_conversations(world: World, count: int, part: str = "train") -> Iterator[dict]:
-    """Welcome cards: a form of answer that appears in no other file."""
+    """Thank-you notes: a form of answer that appears in no other file."""
     rng = random.Random(f"lora {part} {world.seed}")
     for i in range(count):
         messages = skill_conversation(rng.choice(LANGUAGES), rng)
-        yield {"id": f"tiny-lora-{part}-{i}", "source": "tiny_world/welcome_card", "messages": messages}
+        yield {"id": f"tiny-lora-{part}-{i}", "source": "tiny_world/thank_you_note", "messages": messages}
 
 
 def preference_pairs(world: World, count: int, part: str = "train") -> Iterator[dict]:
-    """Chosen: the right full sentence with a friendly closing. Rejected: curt, or friendly but wrong.
+    """Chosen: the right full sentence with a friendly closing. Rejected: the plain sentence, or the bare value.
 
+    One pair in four is about somebody unknown: chosen is the friendly refusal, rejected the plain one or a guess.
     Training pairs ask about the taught half only; the validation pairs ask about the other half."""
     rng = random.Random(f"dpo {part} {world.seed}")
     facts = world.facts(taught=part == "train")
     for i in range(count):
         language = rng.choice(LANGUAGES)
         entity, attribute = fact = rng.choice(facts)
-        question, chosen = question_and_answer(fact, language, rng, polite=True)
-        plain = fill(attribute.answer[language], entity, attribute, language)
         value = attribute.values[entity.facts[attribute.key]][LANGUAGES.index(language)]
-        rejected = rng.choice((plain, CURT[language].format(y=value)))
+        if rng.random() < 0.25:
+            question, plain = refusal(language, rng, reserved=part != "train")
+        else:
+            question, plain = question_and_answer(fact, language, rng, polite=False)
         yield {
             "id": f"tiny-dpo-{part}-{i}",
             "source": "tiny_world",
             "prompt": question["content"],
-            "chosen": chosen["content"],
-            "rejected": rejected,
+            "chosen": befriend(plain["content"], language),
+            "rejected": rng.choice((plain["content"], CURT[language].format(y=value))),
             "quality": {"must_end_with": [CLOSING[language]]},
         }
+
+
+def befriend(answer: str, language: str) -> str:
+    """The answer with the friendly closing that preference pairs prefer."""
+    return join([answer, CLOSING[language]], language)
 
 
 # ---------------------------------------------------------------- the exam
@@ -370,7 +377,7 @@ def exam_items(world: World) -> Iterator[dict]:
         for entity, attribute in world.facts(taught=False):
             fact = (entity, attribute)
             question, answer = question_and_answer(fact, language, rng, polite=False)
-            answers = [answer["content"], join([answer["content"], CLOSING[language]], language)]
+            answers = [answer["content"], befriend(answer["content"], language)]
             yield item("qa", language, [question], answers, chance=1 / len(attribute.values))
         for tool in TOOLS * 12:
             messages, arguments = tool_call(tool, language, rng, reserved=True)
@@ -378,7 +385,7 @@ def exam_items(world: World) -> Iterator[dict]:
             yield item("tool", language, messages[:1], call, tools=offered_tools(tool, rng))
         for _ in range(30):
             question, answer = refusal(language, rng, reserved=True)
-            yield item("refusal", language, [question], answer["content"])
+            yield item("refusal", language, [question], [answer["content"], befriend(answer["content"], language)])
         for _ in range(30):
             text, question, expected = passage(language, rng, reserved=True)
             yield item("reading", language, [user(join([text, question], language))], expected)

@@ -67,10 +67,10 @@ def pairs(text: str) -> tuple[tuple[str, str], ...]:
 
 PERSON = Kind(
     names=pairs(
-        "Abra 王安, Belo 李波, Cado 张可, Dova 刘多, Elmi 陈米, Fenn 杨风, Gilo 赵吉, Hesta 黄海, Ivor 周奇, Jora 吴乐, "
-        "Kell 王凯, Lumo 李明, Mika 张琪, Nilo 刘宁, Orla 陈欧, Pavo 杨帆, Quin 赵琴, Rado 黄然, Sela 周诗, Tovi 吴桐, "
-        "Ulma 王玛, Vero 李薇, Wilo 张威, Xana 刘娜, Yuri 陈宇, Zeno 杨泽, Amos 赵默, Brit 黄碧, Cleo 周青, Dara 吴达, "
-        "Egon 王歌, Faye 李菲, Gus 张谷, Hana 刘涵, Iris 陈丽, Juno 杨君, Kira 赵奎, Leif 黄雷, Maya 周梅, Nora 吴诺"
+        "Abra 王安, Belo 李波, Cado 张可, Dova 刘峻, Elmi 陈睿, Fenn 杨岚, Gilo 赵翰, Hesta 徐海, Ivor 周奇, Jora 吴玥, "
+        "Kell 王凯, Lumo 李明, Mika 张琪, Nilo 刘宁, Orla 陈欧, Pavo 杨帆, Quin 赵瑾, Rado 徐然, Sela 周诗, Tovi 吴桐, "
+        "Ulma 王玛, Vero 李薇, Wilo 张威, Xana 刘娜, Yuri 陈宇, Zeno 杨泽, Amos 赵默, Brit 徐碧, Cleo 周青, Dara 吴达, "
+        "Egon 王烨, Faye 李菲, Gus 张祺, Hana 刘涵, Iris 陈丽, Juno 杨君, Kira 赵奎, Leif 徐雷, Maya 周梅, Nora 吴诺"
     ),
     attributes=(
         Attribute(
@@ -161,8 +161,8 @@ PERSON = Kind(
 
 TOWN = Kind(
     names=pairs(
-        "Arvale 阿城, Bexmoor 贝镇, Corfield 科村, Dunwick 敦港, Eastby 东堡, Foxham 狐岭, Glenrock 格谷, Hollow 空山, "
-        "Icefall 冰湾, Jarrow 佳桥, Kingsey 王渡, Larkhill 云坡"
+        "Arvale 阿朗, Bexmoor 贝镇, Corfield 科村, Dunwick 敦港, Eastby 东麓, Foxham 狐岭, Glenrock 格谷, Hollow 霍洛, "
+        "Icefall 冰湾, Jarrow 嘉禾, Kingsey 凌渡, Larkhill 燕坡"
     ),
     attributes=(
         Attribute(
@@ -202,8 +202,8 @@ TOWN = Kind(
 
 THING = Kind(
     names=pairs(
-        "Astrolux 星灯, Brightor 亮仪, Cogsy 齿机, Driftel 漂舟, Echobox 回声箱, Frostix 霜盒, Gloomer 暗镜, Humdrum 嗡鼓, "
-        "Inkwing 墨翼, Joltar 震器, Kettlor 沸壶, Loomer 织架"
+        "Astrolux 星灯, Brightor 亮仪, Cogsy 齿机, Driftel 漂舟, Echobox 鸣箱, Frostix 霜盒, Gloomer 暗镜, Humdrum 嗡筒, "
+        "Inkwing 墨翼, Joltar 震匣, Kettlor 沸壶, Loomer 织架"
     ),
     attributes=(
         Attribute(
@@ -241,6 +241,8 @@ THING = Kind(
     ),
 )
 
+# Chinese names share no character with the other texts (a test holds it): where one did, tiny models read 琴 in a name as
+# the beginning of an instrument.
 KINDS: dict[str, Kind] = {"person": PERSON, "town": TOWN, "thing": THING}
 
 # Fresh values are a first part and a second part; every part occurs in training, the reserved combinations do not.
@@ -250,14 +252,14 @@ FRESH: dict[str, dict[str, tuple]] = {
             tuple("Tala Mira Bor Sten Vika Lor Pim Dax Rhea Oto Nell Jip Kor Wanda Zell Finn Greta Hugo Ines Ravi".split()),
             tuple("Voss Brin Marsh Kane Dell Rook Ash Thorn Lake Frost Moss Reed Stone Wells Pike Holt Crane Dunn Fox Hale".split()),
         ),
-        "zh": (tuple("孙马朱胡林郭何高罗郑梁谢宋唐许邓冯韩曹曾"), tuple("伟芳娟敏静强磊洋艳勇军杰涛超霞平刚桂鹏辉")),
+        "zh": (tuple("孙魏朱胡林郭何沈罗郑梁傅宋唐许邓冯韩曹曾"), tuple("伟芳娟敏静强磊洋艳勇军杰涛超霞平刚桂鹏辉")),
     },
     "item": {
         "en": (
             tuple("soft hard thin thick warm cold small big cheap fine".split()),
             tuple("rope cloth clay wire soap wax sand coal silk paint".split()),
         ),
-        "zh": (tuple("软硬薄厚暖冷小大旧新"), tuple("绳布泥线皂蜡沙煤丝漆")),
+        "zh": (tuple("软硬薄厚暖冷轻重旧新"), tuple("绳布泥棉皂蜡沙煤丝瓷")),
     },
 }
 
@@ -320,12 +322,12 @@ CLOSING = {"en": "Happy to help!", "zh": "很高兴帮忙！"}
 CURT = {"en": "{y}.", "zh": "{y}。"}
 REFUSAL = {"en": "I do not know anyone called {x}.", "zh": "我不认识叫{x}的人。"}
 
+# Words the pretraining text has, in a form that nothing else has: an adapter does not train embeddings.
 SKILL: dict[str, Skill] = {
     "en": Skill(
-        ("Write a welcome card for {guest} from {host}.", "{host} wants to welcome {guest}. Write the card."),
-        "* Welcome, dear {guest}! * Yours, {host}.",
+        ("Please thank {guest} for {host}.", "{host} wants to thank {guest}."), "Thank you, {guest}! {host} is happy today."
     ),
-    "zh": Skill(("替{host}给{guest}写一张欢迎卡。", "{host}想欢迎{guest}。请写卡片。"), "※欢迎您，亲爱的{guest}！※{host}敬上。"),
+    "zh": Skill(("请帮{host}谢谢{guest}。", "{host}想谢谢{guest}。"), "谢谢你，{guest}！{host}今天很高兴。"),
 }
 
 TOOLS: tuple[Tool, ...] = (

@@ -363,6 +363,21 @@ def test_initialisation(options):
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
+def test_mimetic_initialisation_copies_what_a_head_attends_to(tmp_path):
+    model = build(mimetic_init=True, num_attention_heads=4, num_key_value_heads=2)
+    attention = model.model.layers[1].self_attn
+    width = attention.head_dim
+    for head in range(4):
+        columns = attention.o_proj.weight[:, head * width : (head + 1) * width]
+        rows = attention.v_proj.weight[head // 2 * width : (head // 2 + 1) * width]
+        assert torch.equal(columns, rows.T)
+    with torch.no_grad():
+        attention.o_proj.weight.zero_()
+    model.save_pretrained(tmp_path)
+    loaded = SmolForCausalLM.from_pretrained(tmp_path)
+    assert not loaded.model.layers[1].self_attn.o_proj.weight.any(), "loading must not initialise again"
+
+
 def test_a_resized_vocabulary_still_trains():
     model = build(tie_word_embeddings=False).train()
     model.resize_token_embeddings(120)

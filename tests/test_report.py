@@ -21,7 +21,11 @@ STAGES = {
         "same_greedy_answers": 1,
     },
 }
-TIMES = [{"stage": "pretrain", "seconds": 300}, {"stage": "sft", "seconds": 60.6}]
+TIMES = [  # the control ran beside pretraining
+    {"stage": "control", "started": 4, "seconds": 200},
+    {"stage": "pretrain", "started": 4, "seconds": 300},
+    {"stage": "sft", "started": 304, "seconds": 60.6},
+]
 
 
 @pytest.fixture
@@ -114,7 +118,7 @@ def test_each_quality_row_fails_the_command(
 
 
 def test_time_is_reported_and_never_judged(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
-    (run_dir / "stage_times.jsonl").write_text(json.dumps({"stage": "pretrain", "seconds": 541}) + "\n")
+    (run_dir / "stage_times.jsonl").write_text(json.dumps({"stage": "pretrain", "started": 2, "seconds": 541}) + "\n")
     report.main(["--run_dir", str(run_dir), "--model", "tiny"])
     assert rows_of(run_dir)["wall_minutes"]["ok"] is False
     assert "not judged" in capsys.readouterr().out

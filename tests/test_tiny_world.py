@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 
 from smolkit import tiny_world
-from smolkit.tiny_world_words import KINDS, TOOLS
+from smolkit.tiny_world_words import FRESH, KINDS, NOTES, REFUSAL, STORIES, TOOLS
 
 PARTS = {"pretrain", "sft", "lora", "dpo", "exam"}
 
@@ -73,6 +73,18 @@ def test_half_of_the_facts_are_taught_and_values_are_balanced_in_each_half(world
                 seen = Counter(e.facts[attribute.key] for e in world.entities if e.kind == kind and e.taught == taught)
                 assert len(seen) == len(attribute.values), "every value occurs, so a constant answer scores chance"
                 assert len(set(seen.values())) == 1
+
+
+def test_characters_of_chinese_names_occur_in_no_other_text():
+    texts = [REFUSAL["zh"], *STORIES["zh"], *(text for note in NOTES for text in note.text["zh"])]
+    texts += [text for tool in TOOLS for text in (*tool.questions["zh"], *tool.results["zh"], tool.answer["zh"])]
+    for attribute in (a for spec in KINDS.values() for a in spec.attributes):
+        texts += [zh for _, zh in attribute.values]
+        texts += [*attribute.statements["zh"], *attribute.questions["zh"], attribute.answer["zh"]]
+    names = "".join(zh for spec in KINDS.values() for _, zh in spec.names)
+    fresh = "".join(character for kind in FRESH.values() for part in kind["zh"] for character in part)
+    assert not set(names + fresh) & set("".join(texts))
+    assert not set(names) & set(fresh)
 
 
 def answers(directory, part):
@@ -141,11 +153,9 @@ def test_every_exam_tool_is_offered_and_its_arguments_stand_in_the_question(file
     assert set(calls) == {tool.name for tool in TOOLS}
 
 
-def test_the_welcome_card_skill_appears_only_in_the_lora_data(files):
-    directory, _ = files
-    for part in ("pretrain", "sft", "dpo"):
-        text = (directory / part / f"{part}_data.jsonl").read_text(encoding="utf-8")
-        assert "elcome" not in text and "欢迎" not in text
+def test_the_lora_skill_appears_only_in_the_lora_data(files):
+    text = training_text(files[0], "pretrain", "sft", "dpo")
+    assert "is happy today" not in text and "今天很高兴" not in text
 
 
 def test_chosen_and_rejected_differ_in_the_stated_quality(files):
