@@ -48,14 +48,14 @@ stage tokenizer python train_tokenizer.py --mode train --vocab_size 2000 --extra
 SFT=(python train_full_sft.py --data_path "$DATA/sft/sft_data.jsonl" --tokenizer_path "$OUT/tokenizer"
   --max_length 512 --per_device_train_batch_size 2 --num_epochs 1 --learning_rate 1e-3 --lr_scheduler_type cosine
   --warmup_steps 20 --adam_beta2 0.98 --adam_epsilon 1e-4)
-# the control: the same conversations without the pretraining must not answer the exam
-[ "$MODEL" != tiny ] || beside control "${SFT[@]}" --init_from_scratch --model_size "$MODEL" --output_dir "$OUT/control"
 stage pretrain python train_pretrain.py --data_path "$DATA/pretrain/pretrain_data.jsonl" \
   --tokenizer_path "$OUT/tokenizer" --model_size "$MODEL" --block_size 128 --per_device_train_batch_size 4 \
   --max_steps 2200 --learning_rate 4e-3 --lr_scheduler_type cosine --warmup_steps 50 --adam_beta2 0.98 \
   --adam_epsilon 1e-5 --output_dir "$OUT/pretrain"
-[ "$MODEL" != tiny ] || finish
+# the control: the same conversations without the pretraining must not answer the exam
+[ "$MODEL" != tiny ] || beside control "${SFT[@]}" --init_from_scratch --model_size "$MODEL" --output_dir "$OUT/control"
 stage sft "${SFT[@]}" --base_model "$OUT/pretrain" --output_dir "$OUT/sft"
+[ "$MODEL" != tiny ] || finish
 beside lora python train_lora.py --data_path "$DATA/lora/lora_data.jsonl" --base_model "$OUT/sft" --lora_r 8 \
   --max_length 512 --per_device_train_batch_size 1 --num_epochs 3 --learning_rate 5e-3 \
   --output_dir "$OUT/lora" --merge --merged_dir "$OUT/lora-merged"
