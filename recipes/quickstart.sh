@@ -15,6 +15,8 @@ DATA=$OUT/data
 mkdir -p "$OUT"
 rm -f "$OUT/stage_times.jsonl"
 
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # leave nothing running behind
+
 # stage NAME COMMAND...: print the command, run it, note its seconds for the report
 stage() {
   local name=$1 start=$SECONDS; shift
@@ -87,7 +89,6 @@ printf '\n\033[1m== serve and ask\033[0m\n'
 : > "$OUT/server.log"
 python serve_hf.py --model_path "$OUT/dpo" --host 127.0.0.1 --port 0 >> "$OUT/server.log" 2>&1 &
 server=$!
-trap 'kill "$server" 2>/dev/null || true' EXIT
 url=
 for _ in $(seq 120); do
   url=$(grep -oE 'http://127\.0\.0\.1:[0-9]+' "$OUT/server.log" | head -n 1 || true)
@@ -110,7 +111,6 @@ ask "What is the job of Nora?"
 ask "周梅的宠物是什么？"
 ask "Order 25 pieces of warm silk." --tools "$DATA/exam/tools.json"
 kill "$server"; wait "$server" 2>/dev/null || true
-trap - EXIT
 
 cat <<END
 

@@ -12,7 +12,7 @@ import pytest
 # Records its arguments; the server prints its address and stays, as the real one does.
 STAND_IN = """#!/usr/bin/env bash
 [ "$1" = - ] && exit 0
-printf '%q ' "$@" >> "$COMMANDS"; echo >> "$COMMANDS"
+line=$(printf '%q ' "$@"); echo "$line" >> "$COMMANDS"  # one write: two stages may run side by side
 [ "$1" = "${FAILING:-}" ] && exit 3
 [ "$1" = serve_hf.py ] && { echo "serving at http://127.0.0.1:9/v1"; exec sleep 60; }
 exit 0
