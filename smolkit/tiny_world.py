@@ -99,7 +99,8 @@ KNOWN = {"person": ("person", "name"), "place": ("town", "name"), "goods": ("thi
 
 
 def draw(kind: str, language: str, rng: random.Random, reserved: bool = False) -> str | int:
-    """A value drawn afresh: `name`, `item` (two parts from two word lists) or `number` (10 to 99).
+    """A value drawn afresh: `name`, `item` (two parts from two word lists) or `number` (10 to 98, two
+    different digits: digits are single tokens, and a repeated one would leave a copying head in doubt where it stands).
 
     One value in nine is reserved for the exam and occurs in no training file. `person` and `place` are names, `goods`
     are items, but one in four is an entity of the world, of either half: what is copied may also be known."""
@@ -110,7 +111,7 @@ def draw(kind: str, language: str, rng: random.Random, reserved: bool = False) -
     while True:
         if kind == "number":
             value = rng.randrange(10, 100)
-            if (value % 9 == 4) == reserved:
+            if value % 11 and (value % 9 == 4) == reserved:
                 return value
             continue
         first, second = FRESH[kind][language]
@@ -263,9 +264,9 @@ def refusal(language: str, rng: random.Random, reserved: bool = False) -> list[d
 
 
 def offered_tools(wanted: Tool | None, rng: random.Random) -> list[dict]:
-    """The wanted tool and another one in random order, in OpenAI's form."""
+    """The wanted tool among one or, in a quarter of the cases, all others, in random order, in OpenAI's form."""
     others = [tool for tool in TOOLS if tool is not wanted]
-    tools = rng.sample(others, 1) + ([wanted] if wanted else [])
+    tools = rng.sample(others, rng.choice((1, 1, 1, len(others)))) + ([wanted] if wanted else [])
     rng.shuffle(tools)
     return [tool.schema() for tool in tools]
 
