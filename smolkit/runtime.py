@@ -22,8 +22,8 @@ def prepare(seed: int | None, threads: int | None = None) -> None:
     keeps what the environment (OMP_NUM_THREADS) says.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # oneDNN compiles a kernel for each shape it meets. An expert's share of a batch is another number of rows every time:
-    # with the default of 1,024 kernels kept, a tiny MoE step spends half its time compiling (450 against 250 ms).
+    # oneDNN compiles a kernel for each shape it meets, and an expert's share of a batch is another number of rows every
+    # time: with the default of 1,024 kernels kept, a tiny MoE step spends half its time compiling (450 against 250 ms).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     _keep_freed_memory()
     if threads is not None:
