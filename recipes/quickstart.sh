@@ -65,7 +65,7 @@ beside lora python train_lora.py --data_path "$DATA/lora/lora_data.jsonl" --base
   --max_length 512 --per_device_train_batch_size 1 --num_epochs 3 --learning_rate 5e-3 \
   --output_dir "$OUT/lora" --merge --merged_dir "$OUT/lora-merged"
 stage dpo python train_dpo.py --data_path "$DATA/dpo/dpo_data.jsonl" --model_path "$OUT/sft" --beta 0.1 \
-  --per_device_train_batch_size 8 --max_steps 60 --learning_rate 1e-4 --rpo_alpha 1.0 --adam_epsilon 1e-5 \
+  --per_device_train_batch_size 8 --max_steps 60 --learning_rate 7e-5 --rpo_alpha 1.0 --adam_epsilon 1e-5 \
   --output_dir "$OUT/dpo"
 finish
 
