@@ -129,11 +129,11 @@ def test_time_is_reported_and_never_judged(run_dir: Path, capsys: pytest.Capture
 def test_a_declared_row_below_target_is_shown_without_failing(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    change(run_dir, "sft", tool_exact=0.4)
-    monkeypatch.setitem(report.KNOWN_BELOW_TARGET, "tiny", frozenset({"tool_exact"}))
+    change(run_dir, "dpo", preferred_quality=0.4)
+    monkeypatch.setitem(report.KNOWN_BELOW_TARGET, "tiny", frozenset({"preferred_quality"}))
     report.main(["--run_dir", str(run_dir), "--model", "tiny"])
     assert "below target (known)" in capsys.readouterr().out
-    assert rows_of(run_dir)["tool_exact"]["ok"] is False
+    assert rows_of(run_dir)["preferred_quality"]["ok"] is False
     with pytest.raises(SystemExit):
         report.main(["--run_dir", str(run_dir), "--model", "tiny-moe"])
 
