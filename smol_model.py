@@ -95,7 +95,7 @@ class SmolConfig(PreTrainedConfig):
         depth_scaled_init: divide that by sqrt(2 L) for the two projections that write to the residual stream (GPT-2).
         mimetic_init: start o_proj as the transpose of v_proj, so that whatever a head attends to is copied to its
             output from the first step (after arXiv:2305.09828). Copying from the context, which tool calls need,
-            then forms after 0.15M training tokens of the tiny world instead of more than 0.8M.
+            then forms early: after 0.3M tokens of the tiny world's notes 100 % of single names, against 21 % at most.
     """
 
     model_type = "smol"  # of the class; an instance carries its native type

@@ -21,7 +21,7 @@ from smolkit.files import atomic_writer, write_json
 
 # Rows (by name) that real effort could not bring to their limit; they are printed as such and do not fail the
 # command.
-# tiny-moe: 82-87 % of the tool calls are exact; nearly all misses repeat the first digit of a number (40 -> 44).
+# tiny-moe: 82-87 % of the tool calls are exact; most misses repeat one digit of a number (40 -> 44).
 KNOWN_BELOW_TARGET: dict[str, frozenset[str]] = {"tiny": frozenset(), "tiny-moe": frozenset({"tool_exact"})}
 WALL_MINUTES = {"tiny": 8.0, "tiny-moe": 12.0}
 TIME_ROW = "wall_minutes"
