@@ -401,7 +401,9 @@ class SmolRMSNorm(nn.Module):
 
 
 class RotaryPositions:
-    """cos and sin of rotary position embedding (RoFormer, arXiv:2104.09864) for given positions.
+    """cos and sin (B, T, 1, Dh) of rotary position embedding (RoFormer, arXiv:2104.09864) for given positions (B, T).
+
+    sin is negative for the first half of the channels: that is the sign with which the second half enters them.
 
     Frequencies are kept as a plain float32 tensor, made on first use: a module buffer would be rounded by
     `model.to(torch.bfloat16)`, which at position 1,000 already turns the fastest channels by a wrong angle.
@@ -416,7 +418,8 @@ class RotaryPositions:
         if self.frequencies is None or self.frequencies.device != position_ids.device:
             self.frequencies, self.scale = self.init_frequencies(position_ids.device)
         angles = position_ids[:, :, None, None].float() * self.frequencies  # (B, T, 1, Dh/2)
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
     def init_frequencies(self, device: torch.device) -> tuple[Tensor, float]:
         rope = self.config.rope_parameters
@@ -427,10 +430,10 @@ class RotaryPositions:
 
 
 class Rotate(torch.autograd.Function):
-    """Turn channel pairs (i, i + Dh/2) of x (B, T, H, Dh) by the angles behind cos, sin (B, T, 1, Dh/2).
+    """Turn channel pairs (i, i + Dh/2) of x (B, T, H, Dh) by the angles behind cos, sin (B, T, 1, Dh).
 
-    Returns (B, H, T, Dh). Written out by hand because a rotation's gradient is the inverse rotation: four passes
-    each way, nothing saved, and the copy to head-major layout comes free.
+    Returns (B, H, T, Dh). Written out by hand because a rotation's gradient is the inverse rotation: nothing is saved,
+    and the copy to head-major layout comes free.
     """
 
     @staticmethod
@@ -447,13 +450,15 @@ class Rotate(torch.autograd.Function):
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """x (B, T, H, Dh), turned, in the memory of `out` of the same shape."""
-    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    """x (B, T, H, Dh), turned, in the memory of `out` of the same shape.
+
+    Whole heads at a time: on halves of fewer than 32 channels bf16 arithmetic falls out of a CPU's vector registers and
+    takes 3.8 times as long (on longer ones 0.75 times: 0.3 % of a step of SmolLM2-135M, not worth a second way).
+    """
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # the sign is in `sin`
     if torch.compiler.is_compiling():  # which gets `out=` on a view wrong (torch 2.13) and fuses this anyway
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out
+        return x * cos + swapped * sin
+    return torch.mul(x, cos, out=out).addcmul_(swapped, sin)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -461,9 +466,10 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------
 
 
-# Training in bf16 on a CPU, "sdpa" means blockwise_attention up to this length: see its docstring.
-CPU_EAGER_LENGTH = 1024
-CPU_QUERY_BLOCK = 256
+# Training in bf16 on a CPU, "sdpa" means BlockAttention up to this length, in blocks of so many queries. Forward and
+# backward take 0.3 (T = 128), 0.45 (512) and 0.6 (1024) times as long as in torch's fused kernel.
+CPU_BLOCK_LENGTH = 1024
+CPU_QUERY_BLOCK = 128
 
 
 def eager_attention(
@@ -490,21 +496,76 @@ def eager_attention(
     return torch.bmm(weights, value).view(B, H, T, Dh).transpose(1, 2), None  # (B, T, H, Dh)
 
 
-def blockwise_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """eager_attention of whole causal rows (S = T): each block of queries meets only the keys up to its own end.
+class BlockAttention(torch.autograd.Function):
+    """Causal attention of whole rows, a block of queries at a time, each against the keys up to its own end.
 
-    On a CPU in bf16, forward and backward take 0.3 (T = 128), 0.45 (512) and 0.6 (1024) times as long as the fused
-    kernel's. What it keeps for the backward pass grows with T squared: hence the limit.
+    query (B, H, T, Dh), key and value (B, K, T, Dh), mask additive (B or 1, 1, T, T) or None for plain causal rows
+    -> (B, T, H, Dh). Keeps the attention weights, whose size grows with T squared: hence CPU_BLOCK_LENGTH. By hand,
+    because autograd would copy the scores once more for the addition of the mask: with it a step of SmolLM2-135M
+    (2 x 512, bf16) is 8 % faster than with eager_attention.
     """
-    mixed = []
-    for start in range(0, query.shape[2], CPU_QUERY_BLOCK):
-        end = start + CPU_QUERY_BLOCK
-        mask = attention_mask[:, :, start:end, :end]
-        block = eager_attention(module, query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask, **kwargs)
-        mixed.append(block[0])
-    return torch.cat(mixed, dim=1), None
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        B, H, T, Dh = query.shape
+        K, G = key.shape[1], H // key.shape[1]
+        query = query.view(B, K, G, T, Dh)
+        key, value = key.reshape(B * K, T, Dh), value.reshape(B * K, T, Dh)
+        mixed, kept = query.new_empty(B, T, K, G, Dh), []
+        for start in range(0, T, CPU_QUERY_BLOCK):
+            end = min(start + CPU_QUERY_BLOCK, T)
+            scores = torch.bmm(stack_groups(query, start, end, scaling), key[:, :end].mT)  # (B*K, G*t, end)
+            by_head = scores.view(B, K, G, end - start, end)
+            if mask is None:
+                by_head[..., start:].add_(future(end - start, scores))
+            else:
+                by_head.add_(mask[:, :, None, start:end, :end])
+            kept.append(scores.softmax(-1))
+            block = torch.bmm(kept[-1], value[:, :end]).view(B, K, G, end - start, Dh)
+            mixed[:, start:end] = block.permute(0, 3, 1, 2, 4)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.scaling = scaling
+        return mixed.view(B, T, H, Dh)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, *kept = ctx.saved_tensors
+        B, K, G, T, Dh = query.shape
+        grad = grad.reshape(B, T, K, G, Dh).permute(0, 2, 3, 1, 4)  # (B, K, G, T, Dh)
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        # From the last block, which meets every key and so fills the sums, to the first.
+        for start in reversed(range(0, T, CPU_QUERY_BLOCK)):
+            end = min(start + CPU_QUERY_BLOCK, T)
+            weights, grad_mixed = kept.pop(), stack_groups(grad, start, end)
+            grad_weights = torch.bmm(grad_mixed, value[:, :end].transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            block = torch.bmm(grad_scores, key[:, :end]).view(B, K, G, end - start, Dh)
+            torch.mul(block, ctx.scaling, out=grad_query[:, :, :, start:end])
+            part, beta = stack_groups(query, start, end, ctx.scaling), float(end < T)
+            grad_key[:, :end].baddbmm_(grad_scores.transpose(1, 2), part, beta=beta)
+            grad_value[:, :end].baddbmm_(weights.transpose(1, 2), grad_mixed, beta=beta)
+        by_head = (B, K, T, Dh)
+        return grad_query.view(B, K * G, T, Dh), grad_key.view(by_head), grad_value.view(by_head), None, None
+
+
+def stack_groups(x: Tensor, start: int, end: int, scaling: float = 1.0) -> Tensor:
+    """Positions start to end of x (B, K, G, T, Dh), the G heads of a key head one below the other: (B*K, G*t, Dh)."""
+    part = x[:, :, :, start:end]
+    part = part if scaling == 1.0 else part * scaling
+    return part.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+
+
+def future(T: int, like: Tensor) -> Tensor:
+    """(T, T): the lowest number of the dtype above the diagonal, 0 elsewhere."""
+    return like.new_full((T, T), torch.finfo(like.dtype).min).triu_(1)
+
+
+def block_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """BlockAttention with the signature of transformers' registry."""
+    return BlockAttention.apply(query, key, value, attention_mask, kwargs["scaling"]), None
 
 
 class Attention(nn.Module):
@@ -552,6 +613,21 @@ class Attention(nn.Module):
 # --------------------------------------------------------------------------------------------------------------
 
 
+class SiluProduct(torch.autograd.Function):
+    """silu(gate) * up. Keeps its two inputs; autograd would keep silu(gate) as well (11 % of all activations)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class SwiGLU(nn.Module):
     """Gated MLP (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
@@ -562,7 +638,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class RouterStats(NamedTuple):
@@ -673,7 +749,26 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows (M, D) sorted by expert, ends (E,) -> (M, D); rows past ends[-1] are undefined."""
         gate, up = grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)  # (M, F) each
-        return grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+        return grouped_linear(SiluProduct.apply(gate, up), self.down_proj, ends)
+
+
+class GroupedLinear(torch.autograd.Function):
+    """grouped_linear in one kernel. Written out for the layout of the weight's gradient: autograd's is the transpose
+    of the weight's, and copying it took 15 % of a step of an 85M model on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight, ends = ctx.saved_tensors
+        grad, (need_rows, need_weight, _) = grad.contiguous(), ctx.needs_input_grad
+        grad_rows = F.grouped_mm(grad, weight, offs=ends) if need_rows else None
+        grad_weight = F.grouped_mm(grad.t(), rows, offs=ends) if need_weight else None  # (E, O, I)
+        return grad_rows, grad_weight, None
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -688,7 +783,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     aligned = all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
     eager_cpu = device == "cpu" and not torch.compiler.is_compiling()
     if aligned and (dtype == torch.bfloat16 or (dtype == torch.float32 and eager_cpu)):
-        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+        return GroupedLinear.apply(rows, weight, ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     parts = rows.split([*sizes, len(rows) - sum(sizes)])
     outputs = [F.linear(part, matrix) for part, matrix in zip(parts, weight.unbind(0), strict=False)]
@@ -835,6 +930,18 @@ class SmolPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj.weight, std=residual_std)
 
 
+def document_bounds(starts: Tensor) -> dict[str, Any]:
+    """What flash attention wants to know of packed rows, which transformers finds out for a single row only.
+
+    starts (B, T): True where a document begins inside a row; every row begins one.
+    """
+    starts = starts.clone()
+    starts[:, 0] = True
+    bounds = F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel()).int()  # (documents + 1,)
+    longest = int(bounds.diff().max())
+    return dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest)
+
+
 class SmolModel(SmolPreTrainedModel):
     """The backbone: embedding, L blocks, final norm."""
 
@@ -867,7 +974,7 @@ class SmolModel(SmolPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        attend, mask = self.attention(x, attention_mask, position_ids, past_key_values, seen)
+        attend, mask, bounds = self.attention(x, attention_mask, position_ids, past_key_values, seen)
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
         rotation = self.rotary(position_ids, x.dtype)
@@ -882,7 +989,7 @@ class SmolModel(SmolPreTrainedModel):
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
-                **kwargs,
+                **kwargs | bounds,
             )
             hidden_states.append(x)
             router.append(routing)
@@ -899,10 +1006,18 @@ class SmolModel(SmolPreTrainedModel):
 
     def attention(
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Any, seen: Any
-    ) -> tuple[Callable, Tensor | None]:
-        """The attention function for this call and the mask in the form it wants."""
+    ) -> tuple[Callable, Tensor | None, dict[str, Any]]:
+        """The attention function for this call, the mask in the form it wants, and document bounds if it wants them."""
+        (B, T, _), device, implementation = x.shape, x.device.type, self.config._attn_implementation
         if isinstance(past_key_values, DynamicCache) and not seen:
             past_key_values = None  # an empty cache changes nothing, but would switch packing detection off
+        bounds, flash = {}, implementation.startswith("flash")
+        masked = attention_mask is not None and attention_mask.dim() == 2
+        if position_ids is not None and past_key_values is None and (masked or (flash and B > 1)):
+            starts = F.pad(position_ids.diff() != 1, (1, 0)).expand(B, T)
+            if starts.any():
+                attention_mask = None  # packed: the positions of padding make it a document of its own
+                bounds = document_bounds(starts) if flash else {}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -910,15 +1025,19 @@ class SmolModel(SmolPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        implementation, T = self.config._attn_implementation, x.shape[1]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
-        short = 1 < T <= CPU_EAGER_LENGTH and (mask is None or mask.shape[-1] == T)
-        if not (implementation == "sdpa" and x.device.type == "cpu" and torch.is_grad_enabled() and half and short):
-            return attend, mask
-        if mask is None:
-            mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
-        return blockwise_attention, torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, torch.finfo(x.dtype).min)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        short = 1 < T <= CPU_BLOCK_LENGTH and (mask is None or mask.shape[-1] == T)
+        training = torch.is_grad_enabled() and not (self.training and self.config.attention_dropout)
+        if implementation == "sdpa" and device == "cpu" and dtype == torch.bfloat16 and short and training:
+            attend = block_attention
+            if mask is not None:
+                mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        elif mask is not None and mask.is_floating_point():
+            # Under autocast the scores are narrower than x, and the lowest float32 would become -inf: a row of padding,
+            # which sees nothing, would be NaN.
+            mask = mask.to(dtype).clamp_(min=torch.finfo(dtype).min)
+        return attend, mask, bounds
 
     def real_tokens(self, attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
         """(N,) bool, False for padding; None where every token is real or the model has no router."""
@@ -932,43 +1051,48 @@ class SmolModel(SmolPreTrainedModel):
 # Loss and language model
 # --------------------------------------------------------------------------------------------------------------
 
-LOSS_CHUNK_ELEMENTS = 2**22  # float32 logits held at once: 16 MiB
-LOSS_CHUNK_TOKENS = 256  # but never fewer tokens than this, or the matrix products become slow
+# float32 logits held at once: on a CPU what stays in its cache (8 MiB), elsewhere what keeps kernels large (512 MiB)
+LOSS_ELEMENTS = {"cpu": 2**21, "else": 2**27}
+LOSS_BLOCK_ELEMENTS = 2**25  # logits of a block, in the dtype of the weights (64 MiB in bf16)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[label] over the tokens whose label is not -100, a chunk at a time.
+    """Sum of -log softmax(hidden @ weight.T)[label] over the tokens whose label is not -100, a block at a time.
 
-    The gradients are computed together with the loss, while a chunk's logits exist, so that the (N, V) float32 logits
-    never do (the idea of Liger Kernel, arXiv:2410.10989). Their gradient is collected, in the dtype of `hidden`, over
-    a block of chunks: one product per block for the weight's gradient instead of one per chunk, each of which would
-    have to be added to a float32 sum (8 % of a step of SmolLM2-135M). A block is no larger than that sum would be.
+    The gradients are computed together with the loss, while a block's logits exist (the idea of Liger Kernel,
+    arXiv:2410.10989): in the dtype of `hidden`, in the place of the logits, whose float32 form never exists for more
+    than LOSS_ELEMENTS of them. A block is as many tokens as fit into LOSS_BLOCK_ELEMENTS or into the size of a float32
+    gradient of the weight, so that few products have to be added up (one product per block instead of one per 256
+    tokens: 8 % of a step of SmolLM2-135M).
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
         with_hidden, with_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
-        trained = (labels != -100).nonzero().squeeze(1)
-        chunk = max(LOSS_CHUNK_TOKENS, LOSS_CHUNK_ELEMENTS // len(weight))
-        block = max(4 * chunk, weight.shape[1] * 4 // weight.element_size())
+        elements = LOSS_ELEMENTS.get(hidden.device.type, LOSS_ELEMENTS["else"])
+        chunk = max(1, elements // len(weight))
+        block = max(chunk, LOSS_BLOCK_ELEMENTS // len(weight), weight.shape[1] * 4 // weight.element_size())
+        trained = int((labels != -100).sum())
+        # A multiple of 32 rows, by ignored ones: a product of 1,022 rows takes up to 1.3 times as long as one of 1,024.
+        tokens = (labels == -100).sort(stable=True).indices[: -(-trained // 32) * 32]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if with_hidden else None
         grad_weight = None
-        for tokens in trained.split(block):
-            part, target = hidden.index_select(0, tokens), labels.index_select(0, tokens)[:, None]
-            grad_logits = hidden.new_empty(len(tokens) if with_hidden or with_weight else 0, len(weight))
-            for start in range(0, len(tokens), chunk):
-                rows = slice(start, start + chunk)
-                log_probs = F.log_softmax(part[rows] @ weight.t(), dim=-1, dtype=torch.float32)  # (chunk, V)
-                loss -= log_probs.gather(1, target[rows]).sum()
+        for picked in tokens.split(-(-block // 32) * 32):
+            part, target = hidden.index_select(0, picked), labels.index_select(0, picked)[:, None]
+            logits, real = part @ weight.t(), min(len(picked), trained)  # (block, V)
+            for rows, label in zip(logits[:real].split(chunk), target[:real].split(chunk), strict=True):
+                log_probs = F.log_softmax(rows, dim=-1, dtype=torch.float32)  # (chunk, V)
+                loss -= log_probs.gather(1, label).sum()
                 if with_hidden or with_weight:
-                    probs = log_probs.exp_()
-                    minus_one = torch.full_like(target[rows], -1, dtype=torch.float32)
-                    grad_logits[rows] = probs.scatter_add_(1, target[rows], minus_one)
+                    minus_one = torch.full_like(label, -1, dtype=torch.float32)
+                    rows.copy_(log_probs.exp_().scatter_add_(1, label, minus_one))
+            logits[real:] = 0.0
+            trained -= real
             if with_hidden:
-                grad_hidden.index_copy_(0, tokens, grad_logits @ weight)
+                grad_hidden.index_copy_(0, picked, logits @ weight)
             if with_weight:
-                product = grad_logits.t() @ part
+                product = logits.t() @ part
                 grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
         if with_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight)  # no label at all: a zero gradient, not None

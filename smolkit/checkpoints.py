@@ -173,7 +173,7 @@ def attention_kernel(name: str, length: int, on_cpu: bool) -> str:
     """`--attn_implementation`; auto is eager for short rows on a CPU, where it is faster."""
     if name != "auto":
         return name
-    return "eager" if on_cpu and length <= 512 else "sdpa"
+    return "sdpa"
 
 
 def row_length(length: int | None, default: int, config: SmolConfig, flag: str) -> int:

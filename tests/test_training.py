@@ -15,7 +15,7 @@ from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.arguments import PretrainTrainingArguments
 from smolkit.checkpoints import load_tokenizer
 from smolkit.errors import UserError
-from smolkit.optimizer import MasterAdamW
+from smolkit.optimizer import SLICE, MasterAdamW
 from smolkit.packing import PackedCollator, pack_blocks
 from smolkit.training import final_weights
 
@@ -59,7 +59,10 @@ def rows(path: Path) -> list[dict]:
 # --- optimizer
 
 
-def test_masters_equal_torch_adamw_in_fp32() -> None:
+@pytest.mark.parametrize("slice_size", [7, 2**20])
+def test_masters_equal_torch_adamw_in_fp32(slice_size: int, monkeypatch) -> None:
+    """Whole parameters at a time, several together, or one parameter in several slices."""
+    monkeypatch.setitem(SLICE, "cpu", slice_size)
     torch.manual_seed(0)
     theirs = [torch.nn.Parameter(torch.randn(17, 5)), torch.nn.Parameter(torch.randn(9))]
     ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
