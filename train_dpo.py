@@ -11,6 +11,7 @@ deepspeed. Running the same command again continues an interrupted run.
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from smolkit.checkpoints import (
     resolve_model,
     row_length,
 )
-from smolkit.doctor import RECORD_SUFFIXES, read_dpo
+from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.errors import UserError, run
-from smolkit.packing import render_preferences
+from smolkit.packing import preference_pairs
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
+from smolkit.shards import tokenized
 from smolkit.training import TrainerMixin, finish
 
 # Comparison of policy and reference before step 1, in nats per answer. Both see the same batches, so that even bf16
@@ -124,10 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if job.finished:
         return
 
-    pairs, dropped = render_preferences(read_dpo(job.files), tokenizer, max_length)
+    tokenise = partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc)
+    pairs, dropped = preference_pairs(tokenise, job.files, max_length)
     eval_pairs = None
     if job.eval_files:
-        eval_pairs, _ = render_preferences(read_dpo(job.eval_files), tokenizer, max_length)
+        eval_pairs, _ = preference_pairs(tokenise, job.eval_files, max_length)
         eval_pairs = eval_pairs.select(range(min(stage.max_eval_rows, len(eval_pairs))))
     weights = args.loss_weights or [1.0] * len(args.loss_type)
     loss = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, args.loss_type, strict=True))
