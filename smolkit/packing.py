@@ -7,7 +7,7 @@ document lies where in which row, and rows are put together when they are asked 
 and become int64 tensors in the collator.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerFast
 
 from smolkit.chat import encode_texts, render
@@ -371,17 +372,45 @@ def _head(rows: Dataset | None, count: int) -> Dataset | None:
 # --- batches ------------------------------------------------------------------------------------------------
 
 
+class SeededOrder(Sampler[int]):
+    """Row numbers of an epoch: `torch.randperm` of seed + epoch, which is the order accelerate gives, too.
+
+    Position p of an epoch is the same row whatever the number of processes that share the work. Where the rows
+    do not divide into `multiple` (processes × batch size), the number `len(rows)` fills up the last batches:
+    a blank row. (accelerate would train on the first rows a second time.)
+    """
+
+    def __init__(self, rows: int, seed: int, multiple: int = 1):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+        self.length = -(-rows // multiple) * multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from [self.rows] * (self.length - self.rows)
+
+
+def blank_row(pad_token_id: int) -> dict[str, np.ndarray]:
+    """One padding token without a label."""
+    row = {"input_ids": [pad_token_id], "labels": [IGNORE], "position_ids": [0]}
+    return {name: np.array(values, np.int32) for name, values in row.items()}
+
+
 @dataclass
 class PackedCollator:
     """Rows → `input_ids`, `labels`, `position_ids`, int64 (B, T), padded on the right to the longest row.
 
-    With `mask_padding` an `attention_mask` (B, T) is added when there is padding, for models that count
-    tokens (a router's load balance). Padding has label IGNORE and positions of its own document, so it
-    changes no real token.
+    Padding has label IGNORE and positions of its own document, so it changes no real token. There is no
+    attention mask: with one, transformers no longer keeps packed documents apart.
     """
 
     pad_token_id: int
-    mask_padding: bool = False
 
     def __call__(self, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
@@ -395,8 +424,6 @@ class PackedCollator:
             for name, array in batch.items():
                 array[i, :length] = row[name]
             batch["position_ids"][i, length:] = np.arange(shape[1] - length)
-        if self.mask_padding and min(lengths) < shape[1]:
-            batch["attention_mask"] = (np.arange(shape[1]) < np.asarray(lengths)[:, None]).astype(np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

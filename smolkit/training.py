@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -25,7 +25,7 @@ from smolkit.checkpoints import save_final
 from smolkit.errors import UserError
 from smolkit.files import write_json
 from smolkit.optimizer import MasterAdamW
-from smolkit.packing import IGNORE
+from smolkit.packing import IGNORE, SeededOrder, blank_row
 from smolkit.runs import complete
 
 # --- trainers -----------------------------------------------------------------------------------------------
@@ -205,6 +205,19 @@ class TokenLossMixin:
         loss, outputs = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, True, num_items_in_batch)
         self.observe_router(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The library's, but rows that do not divide among the processes are filled up with blank ones."""
+        if self.accelerator.num_processes == 1 or self.args.train_sampling_strategy != "random":
+            return super().get_train_dataloader()
+        rows, batch_size = len(self.train_dataset), self._train_batch_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order = SeededOrder(rows, seed, self.accelerator.num_processes * batch_size)
+        blank = [blank_row(self.processing_class.pad_token_id)]
+        dataset = ConcatDataset([self.train_dataset, blank])
+        loader = self._get_dataloader(dataset, "Training", batch_size, lambda _: order, is_training=True)
+        loader.set_sampler(order)  # accelerate tells it the epoch; without this not in a resumed epoch
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every `world_size`-th row on each process; a process that runs out gets a row without labels."""

@@ -101,7 +101,8 @@ def world(tmp_path_factory) -> Path:
 def pretrain_arguments(world: Path, output: Path, batch_size: int) -> list[str]:
     return f"""--data_path {world}/pretrain --tokenizer_path {world}/tokenizer --model_size tiny
         --model_overrides {SHAPE} --block_size 64 --per_device_train_batch_size {batch_size} --max_steps 4
-        --logging_steps 1 --weights_dtype fp32 --learning_rate 3e-3 --output_dir {output}""".split()
+        --logging_steps 1 --weights_dtype fp32 --learning_rate 3e-3 --packing_strategy blocks
+        --output_dir {output}""".split()
 
 
 @pytest.fixture(scope="module")
