@@ -27,6 +27,7 @@ COMMON_FLAGS = """
     adam_beta1 adam_beta2 max_grad_norm per_device_train_batch_size gradient_accumulation_steps
     gradient_checkpointing bf16 fp16 use_cpu logging_steps eval_strategy eval_steps save_strategy
     save_steps save_total_limit report_to seed deepspeed fsdp dataloader_num_workers max_length packing
+    train_sampling_strategy
     beta loss_type loss_weights label_smoothing precompute_ref_log_probs disable_dropout
 """.split()
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
@@ -365,6 +366,15 @@ def preference_pairs(
     return store.dataset(), dropped
 
 
+def pair_lengths(pairs: Dataset) -> np.ndarray:
+    """Tokens of prompt and longer answer of each pair, (N,): what a padded batch of pairs costs."""
+    columns = pairs.with_format("arrow")[:]
+    prompt, chosen, rejected = (
+        pc.list_value_length(columns[name]).to_numpy() for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    return prompt + np.maximum(chosen, rejected)
+
+
 def _head(rows: Dataset | None, count: int) -> Dataset | None:
     return rows and rows.select(range(min(count, len(rows))))
 
@@ -394,6 +404,31 @@ class SeededOrder(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         yield from torch.randperm(self.rows, generator=generator).tolist()
         yield from [self.rows] * (self.length - self.rows)
+
+
+class LengthGroupedOrder(SeededOrder):
+    """Like `SeededOrder`, but rows of similar length share a step: for rows that cannot be packed.
+
+    The shuffled rows are sorted by length within stretches of `STRETCH` steps of `batch_size` rows (the global
+    batch: processes × batch size × accumulation), and the steps of a stretch are shuffled again.
+    """
+
+    STRETCH = 50
+
+    def __init__(self, lengths: Sequence[int], seed: int, batch_size: int):
+        super().__init__(len(lengths), seed)
+        self.lengths, self.batch_size = np.asarray(lengths), batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.fromiter(super().__iter__(), np.int64, self.rows)
+        random = np.random.default_rng(self.seed + self.epoch)
+        size = self.batch_size
+        for start in range(0, self.rows, size * self.STRETCH):
+            stretch = order[start : start + size * self.STRETCH]
+            stretch = stretch[np.argsort(self.lengths[stretch], kind="stable")]
+            whole = len(stretch) // size
+            yield from stretch[: whole * size].reshape(whole, size)[random.permutation(whole)].ravel().tolist()
+            yield from stretch[whole * size :].tolist()  # an incomplete step comes last
 
 
 def blank_row(pad_token_id: int) -> dict[str, np.ndarray]:

@@ -134,7 +134,7 @@ def run_settings(
         adam_beta2 adam_epsilon max_grad_norm per_device_train_batch_size
         gradient_accumulation_steps max_steps num_train_epochs seed data_seed optim bf16 fp16
         label_smoothing_factor max_length packing beta loss_type loss_weights label_smoothing
-        f_divergence_type world_size
+        f_divergence_type train_sampling_strategy world_size
     """.split()
     settings = {name: value for name, value in asdict(stage).items() if name not in ignored}
     values = {name: getattr(args, name) for name in kept if hasattr(args, name)}

@@ -83,6 +83,19 @@ class TrainerMixin:
         masters = self.master_optimizer()
         return masters.clip_grad_norm(self.args.max_grad_norm) if masters else super()._clip_grad_norm(model)
 
+    # data
+
+    def order_seed(self) -> int:
+        """What the order of the rows depends on, beside the epoch."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def ordered_dataloader(self, dataset: Any, order: SeededOrder) -> DataLoader:
+        """The library's training loader with an order of ours, which learns the epoch in a resumed one, too."""
+        batch_size = self._train_batch_size
+        loader = self._get_dataloader(dataset, "Training", batch_size, lambda _: order, is_training=True)
+        loader.set_sampler(order)  # where accelerate looks for it when batches are skipped
+        return loader
+
     # steps
 
     def training_step(
@@ -210,14 +223,10 @@ class TokenLossMixin:
         """The library's, but rows that do not divide among the processes are filled up with blank ones."""
         if self.accelerator.num_processes == 1 or self.args.train_sampling_strategy != "random":
             return super().get_train_dataloader()
-        rows, batch_size = len(self.train_dataset), self._train_batch_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = SeededOrder(rows, seed, self.accelerator.num_processes * batch_size)
+        batch_size = self.accelerator.num_processes * self._train_batch_size
+        order = SeededOrder(len(self.train_dataset), self.order_seed(), batch_size)
         blank = [blank_row(self.processing_class.pad_token_id)]
-        dataset = ConcatDataset([self.train_dataset, blank])
-        loader = self._get_dataloader(dataset, "Training", batch_size, lambda _: order, is_training=True)
-        loader.set_sampler(order)  # accelerate tells it the epoch; without this not in a resumed epoch
-        return loader
+        return self.ordered_dataloader(ConcatDataset([self.train_dataset, blank]), order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every `world_size`-th row on each process; a process that runs out gets a row without labels."""

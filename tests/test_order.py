@@ -15,7 +15,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler
 
 import train_tokenizer
-from smolkit.packing import SeededOrder
+from smolkit.packing import LengthGroupedOrder, SeededOrder
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
@@ -145,3 +145,27 @@ def test_the_order_is_the_librarys_and_the_tail_is_blank(world_size) -> None:
     seen = [row for step in zip(*shards, strict=True) for batch in step for row in batch]
     assert seen == expected[2 * world_size :] + [-1] * (len(order) - 11)
     assert torch.equal(torch.tensor(sorted(expected)), torch.arange(11))
+
+
+def test_length_grouped_steps_are_sorted_stretches_of_the_seeded_order() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 1003).tolist()
+    order = LengthGroupedOrder(lengths, seed=5, batch_size=4)
+    order.set_epoch(2)
+    rows = list(order)
+    assert rows == list(order) and sorted(rows) == list(range(1003))
+    shuffled = SeededOrder(1003, 5)
+    shuffled.set_epoch(2)
+    shuffled = list(shuffled)
+    assert shuffled != rows
+    for start in range(0, 1003, 200):  # 50 steps of 4
+        stretch = sorted(shuffled[start : start + 200], key=lambda row: lengths[row])
+        steps = {tuple(stretch[i : i + 4]) for i in range(0, len(stretch), 4)}
+        assert {tuple(rows[i : i + 4]) for i in range(start, min(start + 200, 1003), 4)} == steps
+    order.set_epoch(3)
+    assert list(order) != rows
+
+    def padded(numbers: list[int]) -> int:
+        batches = [[lengths[row] for row in numbers[i : i + 4]] for i in range(0, len(numbers), 4)]
+        return sum(len(batch) * max(batch) for batch in batches)
+
+    assert padded(rows) < 1.1 * sum(lengths) < padded(shuffled)

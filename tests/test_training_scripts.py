@@ -223,6 +223,17 @@ def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
+def test_dpo_pads_less_when_steps_are_grouped_by_length(world, tuned, tmp_path) -> None:
+    quiet = "--disable_tqdm true --max_eval_rows 0 --num_epochs 2 --per_device_train_batch_size 2".split()
+    tokens = {}
+    for strategy in ("random", "group_by_length"):
+        more = [*quiet, "--train_sampling_strategy", strategy]
+        train_dpo.main(dpo_arguments(world, tuned, tmp_path / strategy, *more))
+        tokens[strategy] = metrics(tmp_path / strategy, "tokens")
+    assert len(tokens["random"]) == len(tokens["group_by_length"]) == 30
+    assert tokens["group_by_length"][-1] < 0.95 * tokens["random"][-1]
+
+
 def test_dpo_refuses_another_reference(world, tuned, pretrained, tmp_path) -> None:
     more = ["--ref_model_path", str(pretrained), "--disable_tqdm", "true"]
     with pytest.raises(UserError, match="disagree before step 1.*--ref_model_path"):
