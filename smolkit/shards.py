@@ -11,11 +11,14 @@ renamed when it is complete; shards are checked against the manifest before use.
 source files, whatever the number of processes.
 """
 
+import ctypes
 import inspect
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +44,7 @@ MANIFEST = "manifest.json"
 SHARD_TOKENS = 64 * 2**20  # a shard is closed beyond this: 256 MiB per column
 BATCH_ROWS, BATCH_CHARACTERS = 256, 2**20  # rows that are converted together; what bounds the memory
 COLUMN = pa.list_(pa.int32())
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 Columns = dict[str, list[np.ndarray]]  # per column one int array for each record that came out of a batch of rows
 Convert = Callable[[PreTrainedTokenizerFast, list[dict[str, Any]]], tuple[Columns, dict[str, int]]]
@@ -321,11 +325,9 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _in_processes(
     convert: Convert, tokenizer: PreTrainedTokenizerFast, batches: Iterable[list[dict[str, Any]]], num_proc: int
 ) -> Iterator[tuple[Columns, dict[str, int]]]:
-    """Results in the order of the batches; a few batches per process are under way, so memory stays bounded.
-
-    Processes are spawned: a fork of one with threads (tokenizers, torch) may hang.
-    """
-    context = multiprocessing.get_context("spawn")
+    """Results in the order of the batches; a few batches per process are under way, so memory stays bounded."""
+    # As `datasets.map` does: spawned processes would import torch and the calling script for seconds each.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(convert, tokenizer)) as pool:
         under_way: deque = deque()
         try:
@@ -344,7 +346,9 @@ _worker: Callable[[list[dict[str, Any]]], tuple[Columns, dict[str, int]]]
 
 def _start_worker(convert: Convert, tokenizer: PreTrainedTokenizerFast) -> None:
     global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process, and none that a fork would miss
+    if sys.platform == "linux":  # a killed parent must not leave processes behind that hold its lock
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _worker = partial(convert, tokenizer)
 
 

@@ -195,19 +195,21 @@ from tests.test_shards import CONVERSION, byte_tokenizer, replace, read_pretrain
 
 def read(files):
     for number, row in enumerate(read_pretrain(files)):
-        if number == 900:
+        if number == 2900:
             assert list(Path(sys.argv[2]).glob(".*.part/shard-00002.arrow")), "some shards are written"
             os.kill(os.getpid(), signal.SIGKILL)
         yield row
 
 shards.write_store.__defaults__ = (2000,)
-shards.tokenized(replace(CONVERSION, read=read), [Path(sys.argv[1])], byte_tokenizer(), sys.argv[2])
+shards.tokenized(replace(CONVERSION, read=read), [Path(sys.argv[1])], byte_tokenizer(), sys.argv[2], int(sys.argv[3]))
 """
 
 
-def test_a_killed_process_leaves_nothing_that_is_used(tmp_path, text) -> None:
-    cache = tmp_path / "cache"
-    done = subprocess.run([sys.executable, "-c", KILLED, text, cache], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_killed_process_leaves_nothing_that_is_used(tmp_path, num_proc) -> None:
+    text, cache = write_text(tmp_path / "text.jsonl", 3000), tmp_path / "cache"
+    command = [sys.executable, "-c", KILLED, text, cache, str(num_proc)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (part,) = (path for path in cache.iterdir() if path.is_dir())
     assert part.name.endswith(".part") and not (part / "manifest.json").exists()
