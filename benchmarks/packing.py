@@ -35,11 +35,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import prepare_datasets
 import train_tokenizer
-from smol_model import SmolForCausalLM, preset_config
+from smol_model import preset_config
 from smolkit.chat import add_chat_tokens
-from smolkit.checkpoints import document_end_id
+from smolkit.checkpoints import attention_kernel, build_model, document_end_id
 from smolkit.doctor import read_pretrain
 from smolkit.errors import UserError, run
+from smolkit.optimizer import MasterAdamW
 from smolkit.packing import (
     LengthGroupedOrder,
     PackedCollator,
@@ -52,6 +53,7 @@ from smolkit.packing import (
     pair_lengths,
     preferences,
 )
+from smolkit.runtime import compute_dtype, prepare
 from smolkit.shards import tokenized
 
 PARTS = ("tokenise", "memory", "fill", "step")
@@ -217,12 +219,14 @@ def measure_fill(samples: Path, work: Path) -> list[dict[str, Any]]:
 
 
 class Model:
-    """The `tiny` preset in fp32 and its training step, timed on real tokens."""
+    """The `tiny` preset and its training step as train_*.py set them up, timed on real tokens."""
 
     def __init__(self, vocab_size: int):
-        torch.manual_seed(0)
-        self.model = SmolForCausalLM(preset_config("tiny", vocab_size=vocab_size)).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        prepare(0)
+        dtype, attention = compute_dtype("auto"), attention_kernel("auto", 512, on_cpu=True)
+        self.model = build_model(preset_config("tiny", vocab_size=vocab_size), None, dtype, attention).train()
+        plain = partial(torch.optim.AdamW, fused=True)
+        self.optimizer = (plain if dtype == torch.float32 else MasterAdamW)(self.model.parameters(), lr=1e-3)
 
     def time(self, batches: Iterable[tuple[dict[str, torch.Tensor], int]]) -> dict[str, Any]:
         """(batch, real tokens) pairs → tokens per second and the share of tokens that are real."""

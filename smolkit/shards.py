@@ -22,6 +22,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -183,7 +184,7 @@ def tokenized(
     directory, aside = cache / name, cache / f".{name}.part"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f".{name}.lock"):
+        with _waiting(FileLock(cache / f".{name}.lock")):
             if directory.exists():
                 try:
                     return open_store(directory)
@@ -201,6 +202,20 @@ def tokenized(
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{cache}: cannot keep tokens there: {reason}; name another --data_cache_dir") from error
+
+
+@contextmanager
+def _waiting(lock: FileLock) -> Iterator[None]:
+    """Hold the lock; say so when another process has it for long."""
+    try:
+        lock.acquire(timeout=10)
+    except Timeout:
+        print(f"waiting for the process that makes these tokens ({lock.lock_file})", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_store(directory: Path, identity: dict[str, Any] | None = None) -> TokenStore:

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from smol_model import SmolConfig, SmolForCausalLM
+from smolkit.chat import encode_texts
+from smolkit.doctor import read_pretrain
 from smolkit.packing import (
     IGNORE,
     PackedCollator,
@@ -15,11 +17,12 @@ from smolkit.packing import (
     best_fit,
     convert_documents,
     count_tokens,
+    documents,
     filling,
     pack_blocks,
     pack_rows,
 )
-from smolkit.shards import TokenStore
+from smolkit.shards import TokenStore, tokenized
 from smolkit.tiny_world import build_world, pretraining_documents
 
 
@@ -46,9 +49,9 @@ def test_documents_end_with_the_end_token(samples) -> None:
 
 
 def test_blocks_are_literal() -> None:
-    documents = TokenStore.of(input_ids=[[1, 2, 3, 0], [4, 5, 0], [6, 7, 8, 9, 10, 0]])
+    store = TokenStore.of(input_ids=[[1, 2, 3, 0], [4, 5, 0], [6, 7, 8, 9, 10, 0]])
     # seed 0 orders them 2, 0, 1
-    rows = pack_blocks(documents, 5, seed=0)
+    rows = pack_blocks(store, 5, seed=0)
     assert lists(rows) == [
         {"input_ids": [6, 7, 8, 9, 10], "labels": [IGNORE, 7, 8, 9, 10], "position_ids": [0, 1, 2, 3, 4]},
         {"input_ids": [0, 1, 2, 3, 0], "labels": [IGNORE, IGNORE, 2, 3, 0], "position_ids": [0, 0, 1, 2, 3]},
@@ -126,6 +129,26 @@ def test_best_fit_places_documents_whole_and_splits_only_longer_ones() -> None:
     assert report.split_pieces == sum(-(-length // 32) for length in longer)
     assert report.tokens == sum(map(len, documents))
     assert report.fill == report.tokens / (32 * len(rows)) > 0.97
+
+
+@pytest.mark.parametrize("block_size", [512, 2048])
+def test_real_corpora_fill_rows_to_97_percent(samples, tmp_path, block_size) -> None:
+    """Counted from the rows themselves; nothing is cropped, and only documents longer than a row are split."""
+    industry = samples / "industrycorpus2" / "accommodation_catering_hotel"
+    tokenizer = AutoTokenizer.from_pretrained(samples / "qwen2.5_tokenizer")
+    for files in (
+        [samples / "wikitext2" / "valid.txt"],
+        list((industry / "chinese").rglob("*.parquet")),
+        list((industry / "english").rglob("*.parquet")),
+    ):
+        texts = [row["text"] for row in read_pretrain(files)]
+        lengths = [len(ids) + 1 for ids in encode_texts(tokenizer, texts)]
+        store = tokenized(documents(tokenizer.eos_token_id), files, tokenizer, tmp_path)
+        rows = pack_rows(store, block_size, seed=0)
+        tokens, trained = count_tokens(rows)
+        assert tokens == sum(lengths)
+        assert tokens - trained == sum(-(-length // block_size) for length in lengths), "one per piece"
+        assert tokens / (len(rows) * block_size) > 0.97
 
 
 def test_no_token_is_lost_and_the_order_depends_on_the_seed_only() -> None:

@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from smolkit import shards
+from smolkit.arguments import PretrainArguments
 from smolkit.chat import add_chat_tokens
 from smolkit.doctor import read_pretrain
 from smolkit.errors import UserError
@@ -246,6 +248,27 @@ def test_bad_rows_and_places_are_named_and_leave_nothing(tmp_path, text) -> None
     assert stores(tmp_path / "cache") == []
     with pytest.raises(UserError, match=r"text.jsonl: cannot keep tokens there: .*--data_cache_dir"):
         tokenized(CONVERSION, [text], byte_tokenizer(), text)
+
+
+def test_a_long_wait_is_announced(tmp_path, text, capsys, monkeypatch) -> None:
+    store = tokenized(CONVERSION, [text], byte_tokenizer(), tmp_path / "cache")
+    held = FileLock(store.directory.parent / f".{store.directory.name}.lock")
+    held.acquire()
+    acquire = FileLock.acquire
+
+    def impatient(self, timeout=None, **more):
+        if timeout is None:  # the wait without a limit comes after the announcement
+            held.release()
+        return acquire(self, timeout=timeout and 0.01, **more)
+
+    monkeypatch.setattr(FileLock, "acquire", impatient)
+    assert contents(tokenized(CONVERSION, [text], byte_tokenizer(), tmp_path / "cache")) == expected_ids(text)
+    assert "waiting for the process that makes these tokens" in capsys.readouterr().out
+
+
+def test_processes_are_at_least_one() -> None:
+    with pytest.raises(UserError, match="--num_proc 0 must be at least 1"):
+        PretrainArguments(data_path=["x"], num_proc=0).validate()
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path) -> None:
