@@ -157,9 +157,11 @@ def default_cache_dir() -> Path:
 
 
 def token_store(paths: Sequence[str]) -> list[Path]:
-    """The manifest, if the only path is the directory of a store; else nothing."""
-    manifest = Path(paths[0]) / MANIFEST
-    return [manifest] if len(paths) == 1 and manifest.is_file() else []
+    """The manifest, if the path is the directory of a store; else nothing. A store has to be the only path."""
+    manifests = [path for path in (Path(each) / MANIFEST for each in paths) if path.is_file()]
+    if manifests and len(paths) > 1:
+        raise UserError(f"{manifests[0].parent} is a directory of tokens; name no other data beside it")
+    return manifests
 
 
 def tokenized(

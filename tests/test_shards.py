@@ -317,6 +317,8 @@ def test_a_store_can_be_named_and_another_tokenizer_is_refused(tmp_path, text) -
         pretrain(directory, "wrong", "three")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "three").exists()
+    with pytest.raises(UserError, match="name no other data beside it"):
+        shards.token_store([str(text), str(directory)])
     with pytest.raises(UserError, match="tokens of another kind"):
         open_store(directory, {"kind": "sft"})
     damage_byte(directory)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -223,15 +224,25 @@ def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_dpo_pads_less_when_steps_are_grouped_by_length(world, tuned, tmp_path) -> None:
+def test_dpo_pads_less_when_steps_are_grouped_by_length(world, tuned, tmp_path, capsys) -> None:
     quiet = "--disable_tqdm true --max_eval_rows 0 --num_epochs 2 --per_device_train_batch_size 2".split()
     tokens = {}
     for strategy in ("random", "group_by_length"):
-        more = [*quiet, "--train_sampling_strategy", strategy]
+        more = [*quiet, "--save_steps", "20", "--train_sampling_strategy", strategy]
         train_dpo.main(dpo_arguments(world, tuned, tmp_path / strategy, *more))
         tokens[strategy] = metrics(tmp_path / strategy, "tokens")
     assert len(tokens["random"]) == len(tokens["group_by_length"]) == 30
     assert tokens["group_by_length"][-1] < 0.95 * tokens["random"][-1]
+
+    output = tmp_path / "group_by_length"
+    learned = ("step", "loss", "tokens", "grad_norm", "logps/chosen", "logps/rejected")
+    before = [metrics(output, name) for name in learned]
+    shutil.rmtree(output / "checkpoint-30")  # as it was when killed in the second epoch
+    for name in ("config.json", "model.safetensors", "training_complete.json"):
+        (output / name).unlink()
+    train_dpo.main(dpo_arguments(world, tuned, output, *more))
+    assert "continued from" in capsys.readouterr().out
+    assert [metrics(output, name) for name in learned] == before and len(before[1]) == 30
 
 
 def test_dpo_refuses_another_reference(world, tuned, pretrained, tmp_path) -> None:
