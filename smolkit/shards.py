@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from smolkit import chat, doctor
+from smolkit import chat
 from smolkit.errors import UserError
 from smolkit.files import write_json
 
@@ -67,7 +67,7 @@ class Conversion:
 
     def identity(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         """All that the ids depend on, apart from the data."""
-        modules = (chat, doctor, inspect.getmodule(self.convert))
+        modules = (chat, inspect.getmodule(self.read), inspect.getmodule(self.convert))
         code = _digest("\0".join(inspect.getsource(module) for module in modules))
         return {
             "format": FORMAT,

@@ -202,6 +202,7 @@ def read(files):
             os.kill(os.getpid(), signal.SIGKILL)
         yield row
 
+read.__module__ = read_pretrain.__module__  # its code is part of a store's name
 shards.write_store.__defaults__ = (2000,)
 shards.tokenized(replace(CONVERSION, read=read), [Path(sys.argv[1])], byte_tokenizer(), sys.argv[2], int(sys.argv[3]))
 """
