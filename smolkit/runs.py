@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smolkit.arguments import StageArguments
 from smolkit.doctor import expand_paths, validation_path
+from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError
 from smolkit.files import write_json
 from smolkit.runtime import compute_dtype
@@ -94,6 +95,9 @@ def open_job(
     finished, checkpoint = find_start(args, settings, stage.resume)
     if finished and args.process_index == 0:
         print(f"{args.output_dir} is already trained with these settings; nothing to do")
+    if not finished and args.process_index == 0:
+        for warning in glance(files, eval_files):
+            print(f"warning: {warning}", flush=True)
     save_dtype = dtype if stage.save_dtype == "auto" else compute_dtype(stage.save_dtype)
     return Job(args, files, eval_files, dtype, save_dtype, settings, finished, checkpoint)
 
