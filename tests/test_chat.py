@@ -468,7 +468,7 @@ def test_specials_stay_text_in_training_and_serving(trained: PreTrainedTokenizer
     def preferred(turns: list[dict]) -> list[int]:
         row = {"prompt": turns[:1], "chosen": turns[1:], "rejected": [{"role": "assistant", "content": "no"}]}
         pairs, _ = render_preferences([row], trained, 500)
-        return pairs[0]["prompt_ids"] + pairs[0]["chosen_ids"]
+        return [int(i) for column in ("prompt_ids", "chosen_ids") for i in pairs[column][0]]
 
     assert served(user) == learned([user, reply])[: len(served(user))]  # one renderer for both
     assert control(served(user)) == control(served(harmless[0]))

@@ -20,7 +20,7 @@ from smolkit.chat import add_chat_tokens, save_tokenizer
 from smolkit.engine import generate_batch
 from smolkit.errors import UserError
 from smolkit.evaluation import transformers_generate
-from smolkit.packing import IGNORE, PackedCollator, pack_rows, render_conversations
+from smolkit.packing import IGNORE, PackedCollator, render_conversations
 from smolkit.sampling import GenerationRequest
 from smolkit.serving import load_engine
 
@@ -94,9 +94,11 @@ def test_padded_rows_are_never_sampled(padded: Path, tokenizer: PreTrainedTokeni
 
 
 def test_padded_rows_are_never_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
-    pieces, _ = render_conversations([{"messages": TURNS}, {"messages": TURNS}], tokenizer, 64)
-    rows = pack_rows([*pieces, pieces[0]], 64, seed=0, pack=False)
-    batch = PackedCollator(tokenizer.pad_token_id)([rows[i] for i in range(3)])
+    longer = {"messages": [TURNS[0], {"role": "assistant", "content": "Hello " * 3}]}
+    pieces, _ = render_conversations([{"messages": TURNS}, longer], tokenizer, 64)
+    rows = [{"input_ids": p.input_ids, "labels": p.labels, "position_ids": p.input_ids * 0} for p in pieces]
+    batch = PackedCollator(tokenizer.pad_token_id)(rows)  # the first is padded to the length of the second
+    assert int((batch["input_ids"] == tokenizer.pad_token_id).sum()) == len("Hello " * 3) - len("Hello")
     assert int(batch["input_ids"].max()) < ENTRIES
     assert all(label == IGNORE or label < ENTRIES for label in batch["labels"].flatten().tolist())
 

@@ -20,6 +20,7 @@ from smolkit.chat import encode_text, render, render_fitting
 from smolkit.doctor.languages import language_of
 from smolkit.doctor.rows import (
     CHECKS,
+    PRETRAIN_SUFFIXES,
     VALIDATION,
     Finding,
     Row,
@@ -305,13 +306,14 @@ def _line_number(path: Path, offset: int) -> int:
 def glance(files: Sequence[Path], held_out: Sequence[Path] = ()) -> list[str]:
     """A quick look before a stage starts: up to 32 rows of up to 16 files, spread over them (small files whole).
 
-    Returns one line per kind of warning. Raises the first problem, which the stage would otherwise meet after
+    Paths that are no data files (token ids on disk) are passed over. Returns one line per kind of warning. Raises the first problem, which the stage would otherwise meet after
     hours of reading.
     """
+    files, held_out = ([path for path in paths if path.suffix in PRETRAIN_SUFFIXES] for paths in (files, held_out))
     step = max(1, len(files) // GLANCE_FILES)
     examiner = Examiner(held_out=held_out_prompts(held_out, limit=1000))
     warnings: dict[str, list[Finding]] = {}
-    for path in list(files)[::step][:GLANCE_FILES]:
+    for path in files[::step][:GLANCE_FILES]:
         report = examine(path, examiner, GLANCE_ROWS)
         for problem in report.problems():
             raise problem
