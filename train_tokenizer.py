@@ -25,21 +25,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
-from smolkit.chat import SPECIAL_TOKENS, TOOL_TOKENS, add_chat_tokens
+from smolkit.chat import TOOL_TOKENS
 from smolkit.doctor import PRETRAIN_SUFFIXES, expand_paths
+from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError, run
 from smolkit.tokenizer import (
     CODE_TOKENS,
     PRE_TOKENIZERS,
+    build,
     compare_files,
     file_mark,
     is_finished,
-    load_pretrained,
+    require_room,
     summary,
-    texts_of_files,
-    train_bpe,
     write_directory,
 )
 
@@ -110,12 +108,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.mode == "load":
         return {"mode": "load", "qwen_model": arguments.qwen_model, "extra_special_tokens": extra or []}
     extra = list(dict.fromkeys(CODE_TOKENS if extra is None else extra))
-    smallest = 256 + len({*SPECIAL_TOKENS, *TOOL_TOKENS, *extra})
-    if arguments.vocab_size < smallest:
-        raise UserError(
-            f"--vocab_size {arguments.vocab_size} is too small: 256 bytes and {smallest - 256} control words "
-            f"need {smallest} (--extra_special_tokens without a value drops the optional ones)"
-        )
+    require_room(arguments.vocab_size, extra)
     paths = expand_paths(arguments.data_path, PRETRAIN_SUFFIXES)
     cjk = arguments.split_cjk
     return {
@@ -129,19 +122,6 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def build(settings: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer that the settings ask for, ready for chat."""
-    extra = settings["extra_special_tokens"]
-    if settings["mode"] == "load":
-        tokenizer = load_pretrained(settings["qwen_model"])
-    else:
-        texts = texts_of_files([Path(path) for path in settings["data"]], settings["max_documents"])
-        choices = (settings["vocab_size"], settings["pre_tokenizer"], settings["split_cjk"])
-        tokenizer = train_bpe(texts, *choices, control=extra)
-    add_chat_tokens(tokenizer, extra)
-    return tokenizer
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, save, and say what came out."""
     arguments = parse_arguments(argv)
@@ -152,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_finished(directory, settings):
         print(f"{directory} already holds this tokenizer; nothing to do")
     else:
+        for warning in glance([Path(path) for path in settings.get("data", ())], mixed=True):
+            print(f"warning: {warning}")
         started = time.perf_counter()
         tokenizer = write_directory(directory, settings, lambda: build(settings))
         print(f"saved {directory} after {time.perf_counter() - started:.1f} s")

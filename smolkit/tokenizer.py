@@ -32,7 +32,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from smolkit.chat import SPECIAL_TOKENS, TOOL_TOKENS, encode_text, encode_texts, save_tokenizer
+from smolkit.chat import SPECIAL_TOKENS, TOOL_TOKENS, add_chat_tokens, encode_text, encode_texts, save_tokenizer
 from smolkit.doctor import PRETRAIN_SUFFIXES, expand_paths, read_texts
 from smolkit.doctor.languages import language_of
 from smolkit.errors import UserError
@@ -98,6 +98,28 @@ def llama_cpp_name(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 
 # --- making and opening -------------------------------------------------------------------------------------
+
+
+def require_room(vocab_size: int, extra: Iterable[str]) -> None:
+    """`UserError` when the bytes and control words alone need more entries."""
+    smallest = 256 + len({*SPECIAL_TOKENS, *TOOL_TOKENS, *extra})
+    if vocab_size < smallest:
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: 256 bytes and {smallest - 256} control words "
+            f"need {smallest} (--extra_special_tokens without a value drops the optional ones)"
+        )
+
+
+def build(settings: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer that train_tokenizer.py's settings ask for, ready for chat."""
+    extra = settings["extra_special_tokens"]
+    if settings["mode"] == "load":
+        tokenizer = load_pretrained(settings["qwen_model"])
+    else:
+        texts = texts_of_files([Path(path) for path in settings["data"]], settings["max_documents"])
+        tokenizer = train_bpe(texts, settings["vocab_size"], settings["pre_tokenizer"], settings["split_cjk"], extra)
+    add_chat_tokens(tokenizer, extra)
+    return tokenizer
 
 
 def train_bpe(

@@ -347,6 +347,7 @@ SHAREGPT = {"id": "7", "conversations": [{"from": "human", "value": "Hi"}, {"fro
 @pytest.mark.parametrize(
     ("row", "mended"),
     [
+        ({"messages": [turn("User", "Hi"), turn("Assistant ", "Hello")]}, sft("Hi", "Hello")),
         (SHAREGPT, {"id": "7", "messages": [turn("user", "Hi"), turn("assistant", "Hello")]}),
         (
             {"messages": [turn("user", "One"), turn("user", "two"), turn("assistant", "Yes")]},

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import train_full_sft
 import train_tokenizer
 from smolkit.chat import add_chat_tokens, save_tokenizer
+from smolkit.checkpoints import new_config
 from smolkit.engine import generate_batch
 from smolkit.errors import UserError
 from smolkit.evaluation import transformers_generate
@@ -136,6 +137,10 @@ def test_real_sizes_of_qwen(samples: Path) -> None:
     assert (len(tokenizer), rows) == (151_665, 151_936)
     assert add_chat_tokens(tokenizer) == 2 and len(tokenizer) < rows
     assert max(tokenizer.get_vocab().values()) == len(tokenizer) - 1  # no holes: the limit is the number of entries
+    assert new_config("tiny", {}, tokenizer, rows).vocab_size == rows
+    assert new_config("tiny", {}, tokenizer, multiple_of=128).vocab_size == 151_680
+    with pytest.raises(UserError, match="--vocab_size 151646 is less than the 151667 entries"):
+        new_config("tiny", {}, tokenizer, 151_646)  # Qwen1.5's number
 
 
 # --- resizing -----------------------------------------------------------------------------------------------

@@ -75,8 +75,9 @@ class FileReport:
 class Examiner:
     """Looks at rows one by one.
 
-    `kind`: what the rows are (None: decided by the first row of a file). `tokenizer`: for lengths in tokens and
-    loss masks. `max_length`: tokens a stage would cut or drop at. `held_out`: prompts that must not be trained on.
+    `kind`: what the rows are (None: decided by the first row of a file, or with `mixed` by each row).
+    `tokenizer`: for lengths in tokens and loss masks. `max_length`: tokens a stage would cut or drop at. `held_out`:
+    prompts that must not be trained on.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Examiner:
         tokenizer: PreTrainedTokenizerFast | None = None,
         max_length: int | None = None,
         held_out: HeldOut | None = None,
+        mixed: bool = False,
     ) -> None:
-        self.kind, self.tokenizer, self.max_length = kind, tokenizer, max_length
+        self.kind, self.tokenizer, self.max_length, self.mixed = kind, tokenizer, max_length, mixed
         self.held_out = held_out or {}
 
     def look(self, number: int, row: Row | Finding, report: FileReport) -> list[Finding]:
@@ -94,7 +96,8 @@ class Examiner:
         path = report.path
         if isinstance(row, Finding):
             return [row]
-        kind = report.kind = report.kind or self.kind or kind_of(row)
+        decided = self.kind or (None if self.mixed else report.kind)
+        kind = report.kind = decided or kind_of(row)
         row = judge(path, number, row, CHECKS[kind])
         if isinstance(row, Finding):
             return [row]
@@ -111,8 +114,8 @@ class Examiner:
         return findings
 
     def _leak(self, path: Path, kind: str, row: Row) -> Iterator[tuple[str, str]]:
-        place = self.held_out.get(prompt_key(kind, row))
-        if place is not None and not is_held_out(path, kind):
+        place = self.held_out and self.held_out.get(prompt_key(kind, row))
+        if place and not is_held_out(path, kind):
             yield "leak", f"this prompt is also held out in {place[0]}:{place[1]} — remove it from one of the two"
 
     def _count_tokens(self, kind: str, row: Row, report: FileReport) -> str | None:
@@ -156,7 +159,8 @@ def texts_of(kind: str, row: Row) -> list[tuple[str, str]]:
 
 def _markers(parts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for where, text in parts:
-        match = MARKERS.search(text)
+        possible = "<" in text or "[" in text or "### " in text  # much faster than the pattern
+        match = MARKERS.search(text) if possible else None
         if match:
             what = f"template marker {match[0]!r} in {where}"
             yield "marker", f"{what} — remove it: it is read as text, and models learn to write it"
@@ -303,15 +307,16 @@ def _line_number(path: Path, offset: int) -> int:
     return number
 
 
-def glance(files: Sequence[Path], held_out: Sequence[Path] = ()) -> list[str]:
+def glance(files: Sequence[Path], held_out: Sequence[Path] = (), mixed: bool = False) -> list[str]:
     """A quick look before a stage starts: up to 32 rows of up to 16 files, spread over them (small files whole).
 
-    Paths that are no data files (token ids on disk) are passed over. Returns one line per kind of warning. Raises the first problem, which the stage would otherwise meet after
+    `mixed`: rows of several kinds may share a file. Paths that are no data files (token ids on disk) are passed
+    over. Returns one line per kind of warning. Raises the first problem, which the stage would otherwise meet after
     hours of reading.
     """
     files, held_out = ([path for path in paths if path.suffix in PRETRAIN_SUFFIXES] for paths in (files, held_out))
     step = max(1, len(files) // GLANCE_FILES)
-    examiner = Examiner(held_out=held_out_prompts(held_out, limit=1000))
+    examiner = Examiner(held_out=held_out_prompts(held_out, limit=1000), mixed=mixed)
     warnings: dict[str, list[Finding]] = {}
     for path in files[::step][:GLANCE_FILES]:
         report = examine(path, examiner, GLANCE_ROWS)

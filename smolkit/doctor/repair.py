@@ -1,7 +1,8 @@
 """Cleaned copies: good rows as they are, mendable rows mended, the rest aside with the reason.
 
-Mended is only what has one obvious meaning: ShareGPT names (`conversations`, `from`/`value`, human and gpt)
-become ours, two turns of one role in a row are joined, and template markers at the ends of a text go.
+Mended is only what has one obvious meaning: ShareGPT names (`conversations`, `from`/`value`, human and gpt) and
+capital letters in roles become ours, two turns of one role in a row are joined, and template markers at the ends
+of a text go.
 """
 
 import json
@@ -109,7 +110,8 @@ def _renamed(message: Any) -> Any:
             message[ours] = message.pop(theirs)
     role, content = message.get("role"), message.get("content")
     if isinstance(role, str):
-        message["role"] = _NAMES.get(role, role)
+        name = role.strip().lower()
+        message["role"] = _NAMES.get(name, name)
     if isinstance(content, str):
         message["content"] = _END_MARKERS.sub("", content)
     return message
