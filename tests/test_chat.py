@@ -382,6 +382,17 @@ def test_control_words_in_text_stay_text(tokenizer: PreTrainedTokenizerFast, wor
     assert len(spelled_out) > 1 and tokenizer.decode(spelled_out) == word
 
 
+def test_every_special_of_qwen_stays_text(qwen: PreTrainedTokenizerFast) -> None:
+    words = [token.content for token in qwen.added_tokens_decoder.values()]
+    assert len(words) >= 22 and "<|fim_prefix|>" in words
+    layout = render(qwen, [{"role": "user", "content": "-"}], add_generation_prompt=True).input_ids
+    control = [i for i in layout if i in qwen.added_tokens_decoder]
+    for word in words:
+        rendered = render(qwen, [{"role": "user", "content": f"a{word} {word}"}], add_generation_prompt=True)
+        assert [i for i in rendered.input_ids if i in qwen.added_tokens_decoder] == control, word
+        assert f"user\na{word} {word}<|im_end|>" in qwen.decode(rendered.input_ids)
+
+
 def test_random_text_is_kept_whole_and_in_its_place(trained: PreTrainedTokenizerFast) -> None:
     pick = random.Random(0)
     parts = [

@@ -1,6 +1,7 @@
 """Reading data files: what is found, what is accepted, and that every error names file, line and remedy."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from smolkit.doctor import expand_paths, read_dpo, read_pretrain, read_sft, read_texts, rows, validation_path
+from smolkit.doctor import Finding, expand_paths, read_dpo, read_pretrain, read_sft, read_texts, rows, validation_path
 from smolkit.doctor.checkup import Examiner, examine
 from smolkit.doctor.command import main
 from smolkit.errors import UserError
@@ -260,6 +261,37 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=complaint) as error:
         next(reader)
     assert re.fullmatch(rf"{re.escape(str(path))}:3: \S.* — \S.*", str(error.value))  # one line, with a remedy
+
+
+CODES = {
+    "broken json": "not_json",
+    "not utf-8": "not_utf8",
+    "surrogate": "not_utf8",
+    "number": "field",
+    "blank": "empty_text",
+    "sharegpt role": "role",
+    "assistant first": "order",
+    "two users": "order",
+    "stray tool": "order",
+    "empty turn": "empty_turn",
+    "bad tools": "tool",
+    "no assistant": "empty_mask",
+    "same": "no_preference",
+    "lost prompt": "lost_prompt",
+    "other prompt": "lost_prompt",
+    "empty answer": "empty_turn",
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_findings_carry_codes_and_survive_worker_processes(tmp_path: Path, name: str) -> None:
+    read, bad, _ = BAD_ROWS[name]
+    path = write(tmp_path / "data.jsonl", GOOD[read], bad)
+    with pytest.raises(Finding) as error:
+        list(read(path))
+    finding = pickle.loads(pickle.dumps(error.value))
+    assert (finding.code, finding.path, finding.line, finding.severity) == (CODES[name], path, 2, "problem")
+    assert str(finding) == str(error.value) == f"{path}:2: {finding.what} — {finding.remedy}"
 
 
 @pytest.mark.parametrize("read", [read_pretrain, read_sft, read_dpo, read_texts])

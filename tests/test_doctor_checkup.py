@@ -385,13 +385,14 @@ def test_fix_writes_a_clean_copy_and_a_quarantine(tmp_path: Path, capsys, monkey
         sft("a", "b<|im_end|>"),
         {"messages": [turn("user", "a"), turn("user", "b")]},  # joined, but still without an answer
         sft("What is <|im_end|>?", "An end."),
+        sft("Is it 5?", "No.<|im_end|>"),  # leaked as well as marked: it stays out
     ]
     path = write(tmp_path / "sft" / "a.jsonl", *rows)
     write(tmp_path / "sft" / "validation" / "a.jsonl", sft("Is it 5?", "No."))
     before = path.read_bytes()
     with pytest.raises(UserError, match="4 problems"):
         main(["sft/a.jsonl", "--fix"])
-    assert "4 rows as they were" not in capsys.readouterr().out
+    assert "(3 rows as they were, 2 mended, 5 quarantined in" in capsys.readouterr().out
     clean, quarantine = tmp_path / "cleaned" / "sft" / "a.jsonl", tmp_path / "cleaned" / "sft" / "a.quarantine"
     assert path.read_bytes() == before
     lines = clean.read_bytes().splitlines()
@@ -408,11 +409,13 @@ def test_fix_writes_a_clean_copy_and_a_quarantine(tmp_path: Path, capsys, monkey
         (5, "not_utf8"),
         (7, "leak"),
         (9, "order"),
+        (11, "leak"),
     ]
     assert aside[0]["row"] == "{broken" and "\\xff\\xfe" in aside[1]["row"] and aside[2]["row"] == leaked
     assert all(" — " in each["problem"] for each in aside)
     assert len(lines) + len(aside) == len(rows) - 1  # all but the blank line
 
+    capsys.readouterr()
     main([str(clean)])  # no problem is left, and none of the leaks
     assert "5 rows, 0 problems, 1 warnings (marker 1)" in capsys.readouterr().out
 

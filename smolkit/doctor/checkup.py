@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from smolkit.chat import encode_text, render, render_fitting
@@ -237,7 +238,7 @@ def examine(path: Path, examiner: Examiner, sample: int | None = None) -> FileRe
         for findings in _sampled(report, examiner, sample):
             report.findings += findings
         return report
-    for number, row in readable_rows(path):
+    for number, row in tqdm(readable_rows(path), path.name, unit=" rows", leave=False, disable=None):
         report.rows += 1
         report.findings += examiner.look(number, row, report)
     if report.rows == 0:

@@ -51,7 +51,9 @@ def clean(report: FileReport, target: Path, accept: Callable[[Row], bool]) -> Cl
     if target.resolve() == report.path.resolve():
         raise UserError(f"--fix_dir would overwrite {report.path} — choose another directory")
     result = Cleaned(target, target.with_suffix(QUARANTINE))
-    marked = {f.line: f for f in reversed(report.findings) if f.severity == "problem" or f.code in ("leak", "marker")}
+    marked: dict[int, Finding] = {}
+    for code in ("marker", "leak", "problem"):  # the gravest finding of a row decides
+        marked |= {f.line: f for f in report.findings if code in (f.code, f.severity)}
     with atomic_writer(target, "wb") as good, atomic_writer(result.quarantine) as bad:
         for number, row, written in _rows_as_written(report.path):
             finding = marked.get(number)
@@ -65,7 +67,7 @@ def clean(report: FileReport, target: Path, accept: Callable[[Row], bool]) -> Cl
                 good.write(json.dumps(better, ensure_ascii=False).encode() + b"\n" if changed else written + b"\n")
                 result.mended, result.kept = result.mended + changed, result.kept + (not changed)
                 continue
-            record = {"line": number, "code": finding.code, "problem": f"{finding.what} — {finding.remedy}"}
+            record = {"line": number, "code": finding.code, "problem": finding.text}
             record["row"] = written.decode("utf-8", "backslashreplace") if isinstance(row, Finding) else row
             bad.write(json.dumps(record, ensure_ascii=True, default=str) + "\n")
             result.quarantined += 1

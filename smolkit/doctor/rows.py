@@ -28,14 +28,6 @@ TEXT_DOCUMENT_CHARACTERS = 20_000
 VALIDATION = "validation"
 
 
-class BadRow(UserError):
-    """Why a row cannot be used, as `what — remedy`, without its place; `code` is for machines."""
-
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
 class Finding(UserError):
     """Something about one row: `path:line: what — remedy`. Readers raise the ones that are problems.
 
@@ -44,9 +36,12 @@ class Finding(UserError):
     """
 
     def __init__(self, path: Path, line: int, code: str, text: str, severity: str = "problem") -> None:
-        super().__init__(f"{path}:{line}: {text}")
-        self.path, self.line, self.code, self.severity = path, line, code, severity
+        super().__init__(f"{path}:{line}: {text}", code)
+        self.path, self.line, self.text, self.severity = path, line, text, severity
         self.what, _, self.remedy = text.rpartition(" — ")  # the last dash: quoted data may have others
+
+    def __reduce__(self) -> tuple:  # worker processes hand it over to their parent
+        return Finding, (self.path, self.line, self.code, self.text, self.severity)
 
     def as_json(self) -> dict[str, Any]:
         """The finding for machines."""
@@ -137,7 +132,7 @@ def read_texts(spec: str | Path | Sequence[str | Path]) -> Iterator[list[str]]:
 def _texts(row: Row) -> list[str]:
     kind = kind_of(row)
     if kind == "exam":
-        raise BadRow("exam", "an exam item is no training text — leave the exam file out")
+        raise UserError("an exam item is no training text — leave the exam file out", "exam")
     row = CHECKS[kind](row)
     if kind == "pretrain":
         return [row["text"]]
@@ -170,7 +165,7 @@ def judge(path: Path, number: int, row: Row, check: Callable[[Row], T]) -> T | F
     try:
         return check(row)
     except UserError as error:
-        return Finding(path, number, getattr(error, "code", "messages"), str(error))
+        return Finding(path, number, error.code, str(error))
 
 
 def raw_rows(path: Path) -> Iterator[tuple[int, Row | Finding]]:
@@ -273,9 +268,9 @@ def check_pretrain(row: Row) -> Row:
     """The row, if `text` is a non-empty string; else `UserError` (without file and line)."""
     text = _field(row, "text")
     if not isinstance(text, str):
-        raise BadRow("field", f"'text' must be a string, got {type(text).__name__} — convert or remove the row")
+        raise UserError(f"'text' must be a string, got {type(text).__name__} — convert or remove the row", "field")
     if not text.strip():
-        raise BadRow("empty_text", "'text' is empty — remove the row")
+        raise UserError("'text' is empty — remove the row", "empty_text")
     _check_encodable(text)
     return row
 
@@ -288,7 +283,7 @@ def check_sft(row: Row) -> Row:
         validate_tools(row["tools"])
     _check_order(messages)
     if not any(message["role"] == "assistant" for message in messages):
-        raise BadRow("empty_mask", "no assistant message, so nothing to learn — remove the row")
+        raise UserError("no assistant message, so nothing to learn — remove the row", "empty_mask")
     return row
 
 
@@ -299,13 +294,13 @@ def check_dpo(row: Row) -> Row:
     validate_messages(prompt)
     if prompt[-1]["role"] not in ("user", "tool"):
         text = "'prompt' must end with a user or tool message — move the answer into 'chosen' and 'rejected'"
-        raise BadRow("order", text)
+        raise UserError(text, "order")
     if row.get("tools") is not None:
         validate_tools(row["tools"])
     answers = {name: _answer(_field(row, name), name, prompt) for name in ("chosen", "rejected")}
     if _essence(answers["chosen"]) == _essence(answers["rejected"]):
         text = "'chosen' and 'rejected' are the same, so there is no preference — remove the pair"
-        raise BadRow("no_preference", text)
+        raise UserError(text, "no_preference")
     return {**row, "prompt": prompt, **answers}
 
 
@@ -315,13 +310,13 @@ def check_exam(row: Row) -> Row:
     validate_messages(messages)
     if messages[-1]["role"] not in ("user", "tool"):
         text = "'messages' must end with the question, a user or tool message — move the answer into 'answer'"
-        raise BadRow("order", text)
+        raise UserError(text, "order")
     if row.get("tools") is not None:
         validate_tools(row["tools"])
     answer = _field(row, "answer")
     if not answer or not all(isinstance(each, (str, dict)) for each in _as_list(answer)):
         text = "'answer' must be a text, a call {'name', 'arguments'} or a list of accepted ones — correct it"
-        raise BadRow("field", text)
+        raise UserError(text, "field")
     return row
 
 
@@ -333,17 +328,17 @@ def _answer(value: Any, name: str, prompt: list[Row]) -> list[Row]:
     answer = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
     if not isinstance(answer, list):
         text = f"'{name}' must be a string or a list of messages, got {type(value).__name__} — convert it"
-        raise BadRow("field", text)
+        raise UserError(text, "field")
     if _essence(answer[: len(prompt)]) == _essence(prompt):
         answer = answer[len(prompt) :]
     if not answer or not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":
         text = f"'{name}' must continue the prompt with an assistant message — give the whole prompt in 'prompt'"
-        raise BadRow("lost_prompt", text)
+        raise UserError(text, "lost_prompt")
     try:
         validate_messages(prompt + answer)
         _check_order(prompt + answer)
     except UserError as error:
-        raise BadRow(getattr(error, "code", "messages"), f"'{name}': {error}") from None
+        raise UserError(f"'{name}': {error}", error.code) from None
     return answer
 
 
@@ -352,13 +347,13 @@ def _check_order(messages: list[Row]) -> None:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns or turns[0]["role"] != "user":
         text = "the first message after the optional system message must be a user message — add or remove a turn"
-        raise BadRow("order", text)
+        raise UserError(text, "order")
     for number, message in enumerate(turns, start=len(messages) - len(turns)):
         role = message["role"]
         if role != "tool" and number > 0 and messages[number - 1]["role"] == role:
-            raise BadRow("order", f"message {number}: two {role} messages in a row — merge them")
+            raise UserError(f"message {number}: two {role} messages in a row — merge them", "order")
         if role != "tool" and not message.get("tool_calls") and not message["content"].strip():
-            raise BadRow("empty_turn", f"message {number}: empty {role} message — fill it or remove the row")
+            raise UserError(f"message {number}: empty {role} message — fill it or remove the row", "empty_turn")
 
 
 def _essence(messages: Any) -> Any:
@@ -376,7 +371,7 @@ def _field(row: Row, name: str) -> Any:
         text = f"field '{name}' is missing — the row has {', '.join(map(repr, row)) or 'no fields'}"
         sharegpt = "conversations" in row and "`python -m smolkit.doctor --fix` converts the ShareGPT form"
         text += f": {sharegpt or 'rename one, or convert the file with prepare_datasets.py'}"
-        raise BadRow("lost_prompt" if name == "prompt" else "field", text)
+        raise UserError(text, "lost_prompt" if name == "prompt" else "field")
     return row[name]
 
 
@@ -385,7 +380,7 @@ def _check_encodable(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         text = f"'text' has an unpaired surrogate at character {error.start} — remove the character"
-        raise BadRow("not_utf8", text) from None
+        raise UserError(text, "not_utf8") from None
 
 
 CHECKS = {"pretrain": check_pretrain, "sft": check_sft, "dpo": check_dpo, "exam": check_exam}
