@@ -37,6 +37,7 @@ from smolkit.tokenizer import (
     file_mark,
     is_finished,
     require_room,
+    source_mark,
     summary,
     write_directory,
 )
@@ -106,7 +107,9 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that decides the result, defaults filled in, with a fingerprint of the data."""
     extra = arguments.extra_special_tokens
     if arguments.mode == "load":
-        return {"mode": "load", "qwen_model": arguments.qwen_model, "extra_special_tokens": extra or []}
+        name = arguments.qwen_model
+        settings = {"mode": "load", "qwen_model": name, "source": source_mark(name)}
+        return {**settings, "extra_special_tokens": extra or []}
     extra = list(dict.fromkeys(CODE_TOKENS if extra is None else extra))
     require_room(arguments.vocab_size, extra)
     paths = expand_paths(arguments.data_path, PRETRAIN_SUFFIXES)

@@ -7,7 +7,7 @@ runs the template, cuts the result at the control tokens *the template wrote*, a
 them as ordinary text. For text without control words the ids equal `tokenizer.apply_chat_template`.
 
 The loss mask covers what the model has to produce: the content, tool calls and `<|im_end|>` of every
-assistant turn.
+assistant turn. A conversation that is too long for training loses its end (`render_fitting`).
 """
 
 import json

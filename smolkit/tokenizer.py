@@ -188,6 +188,12 @@ def file_mark(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def source_mark(name: str) -> str | None:
+    """The mark of a tokenizer directory's main file, so that a replaced one is noticed; None for a hub name."""
+    files = (Path(name) / file for file in ("tokenizer.json", "vocab.json"))
+    return next((file_mark(file) for file in files if file.is_file()), None)
+
+
 def is_finished(directory: Path, settings: dict[str, Any]) -> bool:
     """Whether the very same settings have filled `directory` before; `UserError` if anything else has."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):

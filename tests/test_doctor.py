@@ -348,7 +348,7 @@ def test_exam_items_are_known_and_kept_from_training(tmp_path: Path, capsys: pyt
     bad = write(tmp_path / "bad.jsonl", {**item, "messages": [USER, REPLY]}, {**item, "answer": 3})
     report = examine(bad, Examiner())
     assert (report.kind, report.rows) == ("exam", 2)
-    order, field = report.problems()
+    order, field = report.problems
     assert "must end with the question" in str(order) and "must be a text, a call" in str(field)
 
 

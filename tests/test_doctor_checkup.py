@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smolkit.chat import add_chat_tokens, render, save_tokenizer
+from smolkit.doctor import checkup
 from smolkit.doctor.checkup import Examiner, examine, glance, histogram, quantiles
 from smolkit.doctor.command import main
 from smolkit.doctor.languages import language_of
@@ -89,7 +90,7 @@ def codes(report: dict) -> list[tuple[int, str]]:
 )
 def test_template_markers_are_pointed_out(tmp_path: Path, row: dict, marker: str | None) -> None:
     path = write(tmp_path / "a.jsonl", row)
-    found = [str(finding) for finding in examine(path, Examiner()).warnings()]
+    found = [str(finding) for finding in examine(path, Examiner()).warnings]
     if marker is None:
         assert found == []
     else:
@@ -100,10 +101,10 @@ def test_template_markers_are_pointed_out(tmp_path: Path, row: dict, marker: str
 def test_extreme_lengths(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"text": "1234567"}, {"text": "12345678"}, {"text": "x" * 1_000_001})
     report = examine(path, Examiner())
-    found = [(f.line, f.code, f.severity) for f in report.findings]
+    found = [(f.line, f.code, f.severity) for f in report.problems + report.warnings]
     assert found == [(1, "length", "warning"), (3, "length", "warning")]
     path = write(tmp_path / "b.jsonl", sft("a", "b" * 100_000), sft("a", "b" * 99_999))
-    assert [(f.line, f.what) for f in examine(path, Examiner()).warnings()] == [
+    assert [(f.line, f.what) for f in examine(path, Examiner()).warnings] == [
         (1, "100,001 characters, more than 100,000")
     ]
 
@@ -148,26 +149,26 @@ def test_empty_masks_after_truncation(tmp_path: Path, tokenizer: PreTrainedToken
     assert first == TURN_U + TURN_A  # 23
     report = examine(path, Examiner(tokenizer=tokenizer, max_length=first))
     assert list(report.tokens) == [23, 52, 75]
-    assert [(f.line, f.code) for f in report.problems()] == [(2, "empty_mask")]
-    assert report.problems()[0].what == "52 tokens, and no reply ends within 23"
+    assert [(f.line, f.code) for f in report.problems] == [(2, "empty_mask")]
+    assert report.problems[0].what == "52 tokens, and no reply ends within 23"
     assert report.cut == 1  # the third is cut after its first reply
-    assert not examine(path, Examiner(tokenizer=tokenizer, max_length=75)).findings
-    assert len(examine(path, Examiner(tokenizer=tokenizer, max_length=22)).problems()) == 3
-    assert not examine(path, Examiner(tokenizer=tokenizer)).findings
+    assert not examine(path, Examiner(tokenizer=tokenizer, max_length=75)).counts
+    assert len(examine(path, Examiner(tokenizer=tokenizer, max_length=22)).problems) == 3
+    assert not examine(path, Examiner(tokenizer=tokenizer)).counts
 
 
 def test_pairs_that_would_be_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path / "d.jsonl", {"prompt": "a", "chosen": "b", "rejected": "bc"})
     report = examine(path, Examiner(tokenizer=tokenizer, max_length=23))
-    assert list(report.tokens) == [24] and not report.findings  # the last newline is not part of a pair
-    assert examine(path, Examiner(tokenizer=tokenizer, max_length=22)).problems()[0].code == "empty_mask"
+    assert list(report.tokens) == [24] and not report.counts  # the last newline is not part of a pair
+    assert examine(path, Examiner(tokenizer=tokenizer, max_length=22)).problems[0].code == "empty_mask"
 
 
 def test_a_template_without_marks_trains_nothing(tmp_path: Path) -> None:
     foreign = byte_tokenizer()
     foreign.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     report = examine(write(tmp_path / "a.jsonl", GOOD), Examiner(tokenizer=foreign))
-    assert [f.what for f in report.problems()] == ["no token would be trained"]
+    assert [f.what for f in report.problems] == ["no token would be trained"]
 
 
 def test_token_lengths_of_every_kind(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -262,6 +263,21 @@ def test_json_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     ]
 
 
+def test_a_file_of_the_wrong_kind_takes_no_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkup, "KEPT", 5)
+    path = write(tmp_path / "a.jsonl", *[{"question": "a"}] * 30, *[{"text": "short"}] * 8)
+    result = machine(capsys, path, fails=True)
+    (report,) = result["files"]
+    assert (result["problems"], result["warnings"]) == (30, 8)
+    assert report["counts"] == {"problem field": 30, "warning length": 8}
+    assert [line for line, _ in codes(report)] == [1, 2, 3, 4, 5, 31, 32, 33, 34, 35] and report["left_out"] == 28
+    options = ["--fix", "--fix_dir", tmp_path / "out"]  # mending does not depend on what is kept
+    (cleaned,) = machine(capsys, path, *options, fails=True)["cleaned"]
+    assert (cleaned["kept"], cleaned["quarantined"]) == (8, 30)
+
+
 def test_empty_and_damaged_files_do_not_end_the_examination(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "a.jsonl").write_text("\n\n")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no parquet")
@@ -282,7 +298,7 @@ def test_a_sample_is_spread_and_names_the_right_lines(tmp_path: Path) -> None:
     path, total = big_file(tmp_path / "a.jsonl", range(6_001, 12_001))
     report = examine(path, Examiner(), sample=100)
     assert 90 <= report.rows <= 100
-    lines = [finding.line for finding in report.problems()]
+    lines = [finding.line for finding in report.problems]
     assert 35 <= len(lines) <= 65 and len(set(lines)) == len(lines)  # the bad half, evenly
     assert min(lines) < 6_500 and max(lines) > 11_500
     questions = [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()]
@@ -386,13 +402,14 @@ def test_fix_writes_a_clean_copy_and_a_quarantine(tmp_path: Path, capsys, monkey
         {"messages": [turn("user", "a"), turn("user", "b")]},  # joined, but still without an answer
         sft("What is <|im_end|>?", "An end."),
         sft("Is it 5?", "No.<|im_end|>"),  # leaked as well as marked: it stays out
+        {"messages": [turn("human", "Is <|im_end|> a word?"), turn("gpt", "No.")]},  # mended, marker and all
     ]
     path = write(tmp_path / "sft" / "a.jsonl", *rows)
     write(tmp_path / "sft" / "validation" / "a.jsonl", sft("Is it 5?", "No."))
     before = path.read_bytes()
-    with pytest.raises(UserError, match="4 problems"):
+    with pytest.raises(UserError, match="5 problems"):
         main(["sft/a.jsonl", "--fix"])
-    assert "(3 rows as they were, 2 mended, 5 quarantined in" in capsys.readouterr().out
+    assert "(3 rows as they were, 3 mended, 5 quarantined in" in capsys.readouterr().out
     clean, quarantine = tmp_path / "cleaned" / "sft" / "a.jsonl", tmp_path / "cleaned" / "sft" / "a.quarantine"
     assert path.read_bytes() == before
     lines = clean.read_bytes().splitlines()
@@ -402,6 +419,7 @@ def test_fix_writes_a_clean_copy_and_a_quarantine(tmp_path: Path, capsys, monkey
         GOOD,
         sft("a", "b"),
         sft("What is <|im_end|>?", "An end."),
+        sft("Is <|im_end|> a word?", "No."),
     ]
     aside = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert [(each["line"], each["code"]) for each in aside] == [
@@ -417,7 +435,7 @@ def test_fix_writes_a_clean_copy_and_a_quarantine(tmp_path: Path, capsys, monkey
 
     capsys.readouterr()
     main([str(clean)])  # no problem is left, and none of the leaks
-    assert "5 rows, 0 problems, 1 warnings (marker 1)" in capsys.readouterr().out
+    assert "6 rows, 0 problems, 2 warnings (marker 2)" in capsys.readouterr().out
 
 
 def test_fix_counts_for_machines_and_reads_parquet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

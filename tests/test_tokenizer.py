@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -322,6 +323,17 @@ def test_trained_directory_can_be_loaded_and_extended(directory: Path, tmp_path:
     train_tokenizer.main([*command, "--extra_special_tokens", "<new>"])
     loaded = AutoTokenizer.from_pretrained(tmp_path / "more")
     assert len(loaded) == 401 and loaded.convert_tokens_to_ids("<new>") == 400
+
+
+def test_a_replaced_source_is_noticed(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = shutil.copytree(directory, tmp_path / "source")
+    command = ["--mode", "load", "--qwen_model", str(source), "--save_dir", str(tmp_path / "fitted")]
+    train_tokenizer.main(command)
+    train_tokenizer.main(command)
+    assert "nothing to do" in capsys.readouterr().out
+    (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text() + " ")
+    with pytest.raises(UserError, match="is in use by something else"):
+        train_tokenizer.main(command)
 
 
 # --- comparing ----------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ MARKERS = re.compile(
 )
 SHORT_TEXT = 8  # characters; a shorter document teaches next to nothing
 LONG_TEXT = {"pretrain": 1_000_000, "sft": 100_000, "dpo": 100_000, "exam": 100_000}
+KEPT = 10_000  # findings of a severity kept per file: a file of the wrong kind has one in every row
 GLANCE_WHOLE = 1 << 20  # bytes; files up to this size are read whole by a glance
 GLANCE_FILES, GLANCE_ROWS = 16, 32
 
@@ -50,24 +51,31 @@ HeldOut = dict[tuple[str, bytes], tuple[Path, int]]  # (kind, hash of a prompt) 
 
 @dataclass
 class FileReport:
-    """What was found in one file. `characters` and `tokens` hold one number per good row."""
+    """What was found in one file. `counts`: findings by severity and code; of each severity the first `KEPT` are
+    kept. `characters` and `tokens` hold one number per good row."""
 
     path: Path
     kind: str | None = None
     rows: int = 0
     cut: int = 0  # conversations that are cut after an earlier reply to fit
-    findings: list[Finding] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     characters: array = field(default_factory=lambda: array("q"))
     tokens: array = field(default_factory=lambda: array("q"))
 
-    def problems(self) -> list[Finding]:
-        """The findings that keep rows out of training."""
-        return [finding for finding in self.findings if finding.severity == "problem"]
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Count findings, and keep them while there is room."""
+        for finding in findings:
+            self.counts[finding.severity, finding.code] += 1
+            kept = self.problems if finding.severity == "problem" else self.warnings
+            if len(kept) < KEPT:
+                kept.append(finding)
 
-    def warnings(self) -> list[Finding]:
-        """The other findings."""
-        return [finding for finding in self.findings if finding.severity == "warning"]
+    def number(self, severity: str) -> int:
+        """How many problems or warnings there are."""
+        return sum(count for (theirs, _), count in self.counts.items() if theirs == severity)
 
 
 # --- one row ------------------------------------------------------------------------------------------------
@@ -236,13 +244,13 @@ def examine(path: Path, examiner: Examiner, sample: int | None = None) -> FileRe
     report = FileReport(path)
     if sample is not None:
         for findings in _sampled(report, examiner, sample):
-            report.findings += findings
+            report.add(findings)
         return report
     for number, row in tqdm(readable_rows(path), path.name, unit=" rows", leave=False, disable=None):
         report.rows += 1
-        report.findings += examiner.look(number, row, report)
+        report.add(examiner.look(number, row, report))
     if report.rows == 0:
-        report.findings.append(Finding(path, 1, "no_rows", "the file has no rows — remove it or fill it"))
+        report.add([Finding(path, 1, "no_rows", "the file has no rows — remove it or fill it")])
     return report
 
 
@@ -321,9 +329,9 @@ def glance(files: Sequence[Path], held_out: Sequence[Path] = (), mixed: bool = F
     warnings: dict[str, list[Finding]] = {}
     for path in files[::step][:GLANCE_FILES]:
         report = examine(path, examiner, GLANCE_ROWS)
-        for problem in report.problems():
+        for problem in report.problems:
             raise problem
-        for warning in report.warnings():
+        for warning in report.warnings:
             warnings.setdefault(warning.code, []).append(warning)
     return [f"{same[0]}" + (f" ({len(same)} such rows seen)" if same[1:] else "") for same in warnings.values()]
 
@@ -349,7 +357,8 @@ def histogram(numbers: Iterable[int]) -> list[tuple[int, int, int]]:
 
 
 def as_json(report: FileReport) -> dict[str, Any]:
-    """The report for machines."""
+    """The report for machines; `left_out`: findings beyond the first `KEPT` of a severity."""
+    found = report.problems + report.warnings
     return {
         "path": str(report.path),
         "kind": report.kind,
@@ -359,5 +368,7 @@ def as_json(report: FileReport) -> dict[str, Any]:
         "characters": quantiles(report.characters),
         "tokens": quantiles(report.tokens),
         "token_histogram": histogram(report.tokens),
-        "findings": [finding.as_json() for finding in report.findings],
+        "counts": {f"{severity} {code}": count for (severity, code), count in report.counts.most_common()},
+        "findings": [finding.as_json() for finding in sorted(found, key=lambda finding: finding.line)],
+        "left_out": report.counts.total() - len(found),
     }

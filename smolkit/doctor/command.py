@@ -2,9 +2,7 @@
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from smolkit.doctor.checkup import (
     quantiles,
 )
 from smolkit.doctor.repair import Cleaned, clean, clean_path
-from smolkit.doctor.rows import CHECKS, PRETRAIN_SUFFIXES, Finding, Row, expand_paths
+from smolkit.doctor.rows import CHECKS, PRETRAIN_SUFFIXES, expand_paths
 from smolkit.errors import UserError
 
 EPILOG = """
@@ -84,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not arguments.json:
             print(as_text(report, arguments.max_problems), flush=True)
         if arguments.fix:
-            cleaned.append(clean(report, targets[path], partial(_fit, examiner, report)))
+            cleaned.append(clean(path, examiner, report.kind, targets[path]))
             if not arguments.json:
                 print(_what_became(cleaned[-1]), flush=True)
-    problems = sum(len(report.problems()) for report in reports)
-    warnings = sum(len(report.warnings()) for report in reports)
+    problems = sum(report.number("problem") for report in reports)
+    warnings = sum(report.number("warning") for report in reports)
     if arguments.json:
         print(json.dumps(_machine(reports, cleaned, problems, warnings), ensure_ascii=False, indent=1))
     if problems or (arguments.strict and warnings):
@@ -103,12 +101,6 @@ def _targets(paths: Sequence[Path], directory: Path) -> dict[Path, Path]:
             raise UserError(f"--fix: two files would become {target} — clean them one by one, with other --fix_dir")
         targets[path] = target
     return targets
-
-
-def _fit(examiner: Examiner, report: FileReport, row: Row) -> bool:
-    """Whether a mended row may go into the cleaned copy."""
-    findings = examiner.look(0, row, FileReport(report.path, report.kind))
-    return all(finding.severity == "warning" and finding.code != "leak" for finding in findings)
 
 
 def _machine(reports: list[FileReport], cleaned: list[Cleaned], problems: int, warnings: int) -> dict[str, Any]:
@@ -129,15 +121,14 @@ def _what_became(cleaned: Cleaned) -> str:
 
 def as_text(report: FileReport, limit: int) -> str:
     """The report for people, with at most `limit` findings."""
-    problems, warnings = report.problems(), report.warnings()
     held_out = ", held out" if is_held_out(report.path, report.kind) else ""
     lines = [
         f"{report.path}: {report.kind or 'unknown'}{held_out}, {report.rows:,} rows, "
-        f"{_counted(problems, 'problems')}, {_counted(warnings, 'warnings')}"
+        f"{_counted(report, 'problem')}, {_counted(report, 'warning')}"
     ]
-    shown = [*problems, *warnings][:limit]
+    shown = [*report.problems, *report.warnings][:limit]
     lines += [f"  {'warning: ' if finding.severity == 'warning' else ''}{finding}" for finding in shown]
-    hidden = len(problems) + len(warnings) - len(shown)
+    hidden = report.counts.total() - len(shown)
     if hidden:
         lines.append(f"  ... and {hidden:,} more (--max_problems)")
     total = sum(report.languages.values())
@@ -153,9 +144,9 @@ def as_text(report: FileReport, limit: int) -> str:
     return "\n".join(lines + _bars(histogram(report.tokens)))
 
 
-def _counted(findings: list[Finding], noun: str) -> str:
-    codes = Counter(finding.code for finding in findings).most_common()
-    return f"{len(findings):,} {noun}" + (f" ({', '.join(f'{code} {n:,}' for code, n in codes)})" if codes else "")
+def _counted(report: FileReport, severity: str) -> str:
+    codes = [f"{code} {n:,}" for (theirs, code), n in report.counts.most_common() if theirs == severity]
+    return f"{report.number(severity):,} {severity}s" + (f" ({', '.join(codes)})" if codes else "")
 
 
 def _bars(bins: list[tuple[int, int, int]]) -> list[str]:

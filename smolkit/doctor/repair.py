@@ -7,12 +7,12 @@ of a text go.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolkit.doctor.checkup import MARKERS, FileReport, readable_rows
+from smolkit.doctor.checkup import MARKERS, Examiner, FileReport, readable_rows
 from smolkit.doctor.rows import VALIDATION, Finding, Row, parse_line
 from smolkit.errors import UserError
 from smolkit.files import atomic_writer
@@ -42,39 +42,47 @@ def clean_path(path: Path, directory: Path) -> Path:
     return directory / parent.name / inner / f"{path.stem}.jsonl"
 
 
-def clean(report: FileReport, target: Path, accept: Callable[[Row], bool]) -> Cleaned:
-    """Write the cleaned copy of an examined file to `target` (.jsonl) and its quarantine file beside it.
+def clean(path: Path, examiner: Examiner, kind: str | None, target: Path) -> Cleaned:
+    """Write the cleaned copy of a file of `kind` to `target` (.jsonl) and its quarantine file beside it.
 
-    Rows without findings are copied byte for byte (line ends and a byte order mark aside). `accept` says
-    whether a mended row is fit. Both files appear whole or not at all.
+    Rows without findings are copied byte for byte (line ends and a byte order mark aside). Both files appear
+    whole or not at all.
     """
-    if target.resolve() == report.path.resolve():
-        raise UserError(f"--fix_dir would overwrite {report.path} — choose another directory")
-    result = Cleaned(target, target.with_suffix(QUARANTINE))
-    marked: dict[int, Finding] = {}
-    for code in ("marker", "leak", "problem"):  # the gravest finding of a row decides
-        marked |= {f.line: f for f in report.findings if code in (f.code, f.severity)}
+    if target.resolve() == path.resolve():
+        raise UserError(f"--fix_dir would overwrite {path} — choose another directory")
+    result, report = Cleaned(target, target.with_suffix(QUARANTINE)), FileReport(path, kind)
     with atomic_writer(target, "wb") as good, atomic_writer(result.quarantine) as bad:
-        for number, row, written in _rows_as_written(report.path):
-            finding = marked.get(number)
-            if finding is None:
+        for number, row, written in _rows_as_written(path):
+            reason = _gravest(examiner.look(number, row, report))
+            better = row
+            if reason is not None and not isinstance(row, Finding):
+                better = mend(row)
+                after = _gravest(examiner.look(number, better, FileReport(path, kind)))
+                reason = after if after is None or after.code == "marker" else reason
+            if reason is not None and reason.code != "marker":
+                record = {"line": number, "code": reason.code, "problem": reason.text}
+                record["row"] = written.decode("utf-8", "backslashreplace") if isinstance(row, Finding) else row
+                bad.write(json.dumps(record, ensure_ascii=True, default=str) + "\n")
+                result.quarantined += 1
+            elif better != row:
+                good.write(json.dumps(better, ensure_ascii=False).encode() + b"\n")
+                result.mended += 1
+            else:
                 good.write(written + b"\n")
                 result.kept += 1
-                continue
-            better = None if isinstance(row, Finding) or finding.code == "leak" else mend(row)
-            if better is not None and accept(better):
-                changed = better != row
-                good.write(json.dumps(better, ensure_ascii=False).encode() + b"\n" if changed else written + b"\n")
-                result.mended, result.kept = result.mended + changed, result.kept + (not changed)
-                continue
-            record = {"line": number, "code": finding.code, "problem": finding.text}
-            record["row"] = written.decode("utf-8", "backslashreplace") if isinstance(row, Finding) else row
-            bad.write(json.dumps(record, ensure_ascii=True, default=str) + "\n")
-            result.quarantined += 1
     return result
 
 
-def _rows_as_written(path: Path):
+def _gravest(findings: list[Finding]) -> Finding | None:
+    """The finding that decides about a row: a problem, a leak, a marker, or none."""
+    for code in ("problem", "leak", "marker"):
+        for finding in findings:
+            if code in (finding.severity, finding.code):
+                return finding
+    return None
+
+
+def _rows_as_written(path: Path) -> Iterator[tuple[int, Row | Finding, bytes]]:
     """(number, row or the problem with it, the line to copy) for every row of a file."""
     if path.suffix != ".jsonl":
         for number, row in readable_rows(path):
