@@ -14,8 +14,7 @@ vocabularies (smolkit/tokenizer.py says why):
 
 The same data and flags give the same files, byte for byte. Running a finished command again changes nothing.
 
-`--mode load` keeps every id of the loaded tokenizer and adds what is missing at the end. With `--resize_model` a
-model that has too few rows gets them: new rows start at the mean of the others (transformers' mean_resizing).
+`--mode load` keeps every id and adds what is missing at the end; `--resize_model` gives a model the rows for it.
 `--mode compare` prints bytes and words per token and the speed on your text, English and Chinese apart.
 """
 
@@ -108,8 +107,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     extra = arguments.extra_special_tokens
     if arguments.mode == "load":
         name = arguments.qwen_model
-        settings = {"mode": "load", "qwen_model": name, "source": source_mark(name)}
-        return {**settings, "extra_special_tokens": extra or []}
+        return {"mode": "load", "qwen_model": name, "source": source_mark(name), "extra_special_tokens": extra or []}
     extra = list(dict.fromkeys(CODE_TOKENS if extra is None else extra))
     require_room(arguments.vocab_size, extra)
     paths = expand_paths(arguments.data_path, PRETRAIN_SUFFIXES)

@@ -98,6 +98,15 @@ def test_template_markers_are_pointed_out(tmp_path: Path, row: dict, marker: str
         assert found[0].startswith(f"{path}:1: template marker {marker}") and " — remove it" in found[0]
 
 
+def test_control_words_of_the_tokenizer_are_pointed_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "Copy <filename> there."}, {"text": "<file_sep> in a.py @@END"})
+    own = byte_tokenizer()
+    own.add_special_tokens({"extra_special_tokens": ["@@END", "<filename>"]})
+    assert not examine(path, Examiner()).counts
+    found = [finding.what for finding in examine(path, Examiner(tokenizer=own)).warnings]
+    assert found == ["template marker '<filename>' in 'text'", "template marker '@@END' in 'text'"]
+
+
 def test_extreme_lengths(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"text": "1234567"}, {"text": "12345678"}, {"text": "x" * 1_000_001})
     report = examine(path, Examiner())

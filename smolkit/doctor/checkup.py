@@ -85,8 +85,8 @@ class Examiner:
     """Looks at rows one by one.
 
     `kind`: what the rows are (None: decided by the first row of a file, or with `mixed` by each row).
-    `tokenizer`: for lengths in tokens and loss masks. `max_length`: tokens a stage would cut or drop at. `held_out`:
-    prompts that must not be trained on.
+    `tokenizer`: for lengths in tokens, loss masks and its own control words. `max_length`: tokens a stage would cut
+    or drop at. `held_out`: prompts that must not be trained on.
     """
 
     def __init__(
@@ -99,6 +99,9 @@ class Examiner:
     ) -> None:
         self.kind, self.tokenizer, self.max_length, self.mixed = kind, tokenizer, max_length, mixed
         self.held_out = held_out or {}
+        specials = tokenizer.all_special_tokens if tokenizer is not None else []
+        words = "|".join(re.escape(word) for word in sorted(specials, key=len, reverse=True))
+        self.markers = re.compile(f"{MARKERS.pattern}|{words}") if words else MARKERS
 
     def look(self, number: int, row: Row | Finding, report: FileReport) -> list[Finding]:
         """Findings about one row as it was read; its figures are added to `report`."""
@@ -114,13 +117,22 @@ class Examiner:
         size = sum(len(text) for _, text in parts)
         report.characters.append(size)
         report.languages[language_of(" ".join(text for _, text in parts))] += 1
-        found = [*_markers(parts), *_extreme(kind, size), *self._leak(path, kind, row)]
+        found = [*self._markers(parts), *_extreme(kind, size), *self._leak(path, kind, row)]
         findings = [Finding(path, number, code, text, "warning") for code, text in found]
         if self.tokenizer is not None:
             complaint = self._count_tokens(kind, row, report)
             if complaint:
                 findings.append(Finding(path, number, "empty_mask", complaint))
         return findings
+
+    def _markers(self, parts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        for where, text in parts:
+            if self.markers is MARKERS and not ("<" in text or "[" in text or "### " in text):
+                continue  # much faster than the pattern
+            match = self.markers.search(text)
+            if match:
+                what = f"template marker {match[0]!r} in {where}"
+                yield "marker", f"{what} — remove it: it is read as text, and models learn to write it"
 
     def _leak(self, path: Path, kind: str, row: Row) -> Iterator[tuple[str, str]]:
         place = self.held_out and self.held_out.get(prompt_key(kind, row))
@@ -164,15 +176,6 @@ def texts_of(kind: str, row: Row) -> list[tuple[str, str]]:
         for name in lists
         for number, message in enumerate(row[name])
     ]
-
-
-def _markers(parts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    for where, text in parts:
-        possible = "<" in text or "[" in text or "### " in text  # much faster than the pattern
-        match = MARKERS.search(text) if possible else None
-        if match:
-            what = f"template marker {match[0]!r} in {where}"
-            yield "marker", f"{what} — remove it: it is read as text, and models learn to write it"
 
 
 def _extreme(kind: str, size: int) -> Iterator[tuple[str, str]]:
