@@ -7,7 +7,7 @@ runs the template, cuts the result at the control tokens *the template wrote*, a
 them as ordinary text. For text without control words the ids equal `tokenizer.apply_chat_template`.
 
 The loss mask covers what the model has to produce: the content, tool calls and `<|im_end|>` of every
-assistant turn.
+assistant turn. A conversation that is too long for training loses its end (`render_fitting`).
 """
 
 import json
@@ -155,9 +155,7 @@ class _Codec:
 
     entries: int
     plain: Tokenizer  # same normalizer, pre-tokenizer and merges, but knows no added tokens
-    control: re.Pattern[
-        str
-    ]  # any added token, longest first as in the tokenizer itself; the token is a group
+    control: re.Pattern[str]  # any added token, longest first as in the tokenizer itself; the token is a group
     ids: dict[str, int]  # added token -> id
     words: re.Pattern[str]  # what to guard in message text
     assistant_words: re.Pattern[str]  # the same for assistant text, which may contain thought tokens
@@ -221,26 +219,36 @@ def validate_messages(messages: Any) -> None:
     arguments.
     """
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"messages must be a non-empty list, got {_short(messages)}")
+        raise UserError(
+            f"messages must be a non-empty list, got {_short(messages)} — give at least one message", "field"
+        )
     previous: dict[str, Any] = {}
     for number, message in enumerate(messages):
         where = f"message {number}"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise UserError(f"{where}: role must be one of {', '.join(ROLES)}, got {_short(message)}")
+            raise UserError(
+                f"{where}: role must be one of {', '.join(ROLES)}, got {_short(message)} — rename it", "role"
+            )
         calls = message.get("tool_calls") or []
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and calls):
-            raise UserError(f"{where} ({role}): content must be a string, got {_short(content)}")
+            raise UserError(
+                f"{where} ({role}): content must be a string, got {_short(content)} — write it as text", "field"
+            )
         _check_encodable(content or "", where)
         if role == "system" and number > 0:
-            raise UserError(f"{where}: a system message must be the first message")
+            raise UserError(f"{where}: a system message must be the first message — move it there", "order")
         if role == "tool" and not (previous.get("role") == "tool" or previous.get("tool_calls")):
-            raise UserError(f"{where}: a tool message must follow an assistant message with tool_calls")
+            raise UserError(
+                f"{where}: a tool message must follow an assistant message with tool_calls — add it", "order"
+            )
         if calls and role != "assistant":
-            raise UserError(f"{where} ({role}): only assistant messages can carry tool_calls")
+            raise UserError(
+                f"{where} ({role}): only assistant messages can carry tool_calls — remove them", "tool_call"
+            )
         if not isinstance(calls, list):
-            raise UserError(f"{where}: tool_calls must be a list, got {_short(calls)}")
+            raise UserError(f"{where}: tool_calls must be a list, got {_short(calls)} — put it into one", "tool_call")
         for call in calls:
             _function_of(call, where)
         previous = message
@@ -249,11 +257,11 @@ def validate_messages(messages: Any) -> None:
 def validate_tools(tools: Any) -> None:
     """Raise `UserError` unless `tools` is a list of OpenAI tool objects `{"type", "function": {...}}`."""
     if not isinstance(tools, list):
-        raise UserError(f"tools must be a list, got {_short(tools)}")
+        raise UserError(f"tools must be a list, got {_short(tools)} — put it into one", "tool")
     for number, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"tool {number}: needs a function with a name, got {_short(tool)}")
+            raise UserError(f"tool {number}: needs a function with a name, got {_short(tool)} — name it", "tool")
         _check_encodable(_json(function, f"tool {number}"), f"tool {number}")
 
 
@@ -261,15 +269,19 @@ def _function_of(call: Any, where: str) -> dict[str, Any]:
     """`{"name", "arguments": dict}` of a tool call whose arguments are an object or a JSON string of one."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UserError(f"{where}: a tool call needs a function with a name, got {_short(call)}")
+        raise UserError(f"{where}: a tool call needs a function with a name, got {_short(call)} — name it", "tool_call")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            raise UserError(f"{where}: tool call arguments are not JSON: {_short(arguments)}") from None
+            raise UserError(
+                f"{where}: tool call arguments are not JSON: {_short(arguments)} — write it", "tool_call"
+            ) from None
     if not isinstance(arguments, dict):
-        raise UserError(f"{where}: tool call arguments must be a JSON object, got {_short(arguments)}")
+        raise UserError(
+            f"{where}: tool call arguments must be a JSON object, got {_short(arguments)} — write one", "tool_call"
+        )
     _check_encodable(_json(function, where), where)
     return {"name": function["name"], "arguments": arguments}
 
@@ -278,14 +290,16 @@ def _json(value: Any, where: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be written as JSON: {error}") from None
+        raise UserError(f"{where}: cannot be written as JSON: {error} — use JSON types only", "tool_call") from None
 
 
 def _check_encodable(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: text has an unpaired surrogate at character {error.start}") from None
+        raise UserError(
+            f"{where}: text has an unpaired surrogate at character {error.start} — remove it", "not_utf8"
+        ) from None
 
 
 def _short(value: Any) -> str:
@@ -336,6 +350,33 @@ def render(
             mask += [trained] * len(piece)
         position = end
     return Rendered(ids, mask)
+
+
+def render_fitting(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    max_length: int,
+) -> tuple[Rendered, int] | None:
+    """The conversation, or its longest beginning that ends with a reply, within `max_length` tokens.
+
+    Long conversations lose their *end*: what is left is a conversation from its start, system message and tools
+    included, cut after an assistant message, never inside one. Returns it with the number of messages kept, or
+    None when not even the first reply ends in time (there is nothing to train on then).
+    """
+    whole = render(tokenizer, messages, tools)
+    if len(whole.input_ids) <= max_length:
+        return whole, len(messages)
+    ends = [i + 1 for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
+    best = None
+    while ends:  # bisection: a longer beginning has more tokens
+        middle = len(ends) // 2
+        rendered = render(tokenizer, messages[: ends[middle]], tools)
+        if len(rendered.input_ids) <= max_length:
+            best, ends = (rendered, ends[middle]), ends[middle + 1 :]
+        else:
+            ends = ends[:middle]
+    return best
 
 
 def _normalised(message: dict[str, Any]) -> dict[str, Any]:

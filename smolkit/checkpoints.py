@@ -169,6 +169,36 @@ def build_model(
         raise UserError(f"{directory}: cannot load the weights: {' '.join(str(error).split())}") from error
 
 
+def resize_vocabulary(
+    directory: str | Path, tokenizer_directory: str | Path, target: str | Path, multiple_of: int = 1
+) -> str:
+    """Write a checkpoint to `target` whose embedding covers the tokenizer's entries, rounded up to a multiple.
+
+    Rows are only added (padded ones are free for new entries): existing ones stay as they are, new ones start
+    around the mean of the old (transformers' `mean_resizing`). Returns one line about it. Raises `UserError` when
+    `target` is in use.
+    """
+    directory, target = require_checkpoint(directory), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--resized_dir {target} is in use by something else — remove it or choose another directory")
+    tokenizer = load_tokenizer(tokenizer_directory)
+    try:
+        config = SmolConfig.from_pretrained(directory)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{directory}: {' '.join(str(error).split())}") from error
+    before = config.vocab_size
+    rows = -(-max(before, len(tokenizer)) // multiple_of) * multiple_of
+    dtype = config.dtype or torch.float32
+    torch.manual_seed(0)
+    model = build_model(config, directory, dtype)
+    if rows != before:
+        model.resize_token_embeddings(rows)
+    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    card = model_card(target.name, model.config, {"resized from": directory, "vocabulary rows": f"{before} → {rows}"})
+    save_final(model, dict(model.named_parameters()), tokenizer, target, dtype, card)
+    return f"saved {target}: {before:,} → {rows:,} vocabulary rows for {len(tokenizer):,} entries"
+
+
 def attention_kernel(name: str, length: int, on_cpu: bool) -> str:
     """`--attn_implementation`; auto is eager for short rows on a CPU, where it is faster."""
     if name != "auto":

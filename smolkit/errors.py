@@ -5,7 +5,11 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Bad input: one line that names the file, line or value, the limit and the remedy."""
+    """Bad input: one line that names the file, line or value, the limit and the remedy; `code` is for machines."""
+
+    def __init__(self, text: str, code: str = "input") -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def run(main: Callable[[], object]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from smolkit.chat import chat_stop_ids, parse_tool_calls, render
+from smolkit.chat import chat_stop_ids, encode_text, parse_tool_calls, render
 from smolkit.checkpoints import build_model, load_config, require_checkpoint
 from smolkit.doctor import read_pretrain
 from smolkit.engine import generate_batch
@@ -436,7 +436,7 @@ def text_metrics(
     rows, size = [], 0
     for text in texts:
         size += len(text.encode("utf-8"))
-        ids = [separator, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        ids = [separator, *encode_text(tokenizer, text)]
         rows += windows(ids, context)
     scored = sum(sum(mask) for _, mask in rows)
     if not scored:

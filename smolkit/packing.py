@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerFast
 
-from smolkit.chat import encode_texts, render
+from smolkit.chat import encode_texts, render, render_fitting
 from smolkit.doctor import read_dpo, read_pretrain, read_sft
 from smolkit.errors import UserError
 from smolkit.shards import Columns, Conversion, TokenStore
@@ -115,20 +115,13 @@ def render_conversations(
     """
     pieces, counts = [], ConversationCounts()
     for row in rows:
-        messages, tools = row["messages"], row.get("tools")
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for end in [len(messages), *reversed([end for end in ends if end < len(messages)])]:
-            rendered = render(tokenizer, messages[:end], tools)
-            if len(rendered.input_ids) <= max_length:
-                break
-        else:
+        fitting = render_fitting(tokenizer, row["messages"], row.get("tools"), max_length)
+        piece = Piece.of(fitting[0].input_ids, fitting[0].loss_mask) if fitting else None
+        if piece is None or not piece.trained_tokens:
             counts.dropped += 1
             continue
-        piece = Piece.of(rendered.input_ids, rendered.loss_mask)
-        if not piece.trained_tokens:
-            counts.dropped += 1
-            continue
-        counts.cut, counts.kept = counts.cut + (end < len(messages)), counts.kept + (end == len(messages))
+        whole = fitting[1] == len(row["messages"])
+        counts.kept, counts.cut = counts.kept + whole, counts.cut + (not whole)
         pieces.append(piece)
     return pieces, counts
 

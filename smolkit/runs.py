@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smolkit.arguments import StageArguments
 from smolkit.doctor import expand_paths, validation_path
+from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError
 from smolkit.files import write_json
 from smolkit.runtime import compute_dtype
@@ -96,6 +97,9 @@ def open_job(
     finished, checkpoint = find_start(args, settings, stage.resume)
     if finished and args.process_index == 0:
         print(f"{args.output_dir} is already trained with these settings; nothing to do")
+    warnings = [] if finished else glance(files, eval_files)  # by every process: a problem must stop them all
+    if args.process_index == 0:
+        print("".join(f"warning: {warning}\n" for warning in warnings), end="", flush=True)
     save_dtype = dtype if stage.save_dtype == "auto" else compute_dtype(stage.save_dtype)
     return Job(args, files, eval_files, dtype, save_dtype, settings, finished, checkpoint)
 

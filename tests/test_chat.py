@@ -1,14 +1,18 @@
 """The renderer against hand-computed ids, the literal layout and transformers' own template path; parsing."""
 
+import copy
 import json
 import random
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train_tokenizer
+from smolkit.answers import Answers
 from smolkit.chat import (
     CHAT_TEMPLATE,
     add_chat_tokens,
@@ -17,10 +21,13 @@ from smolkit.chat import (
     encode_texts,
     parse_tool_calls,
     render,
+    render_fitting,
     validate_messages,
     validate_tools,
 )
 from smolkit.errors import UserError
+from smolkit.openai_types import ChatRequest, CompletionRequest
+from smolkit.packing import render_conversations, render_preferences
 
 TOOLS = [
     {
@@ -195,6 +202,58 @@ def test_golden_tool_turns(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     assert rendered.loss_mask == [trained for ids, trained in expected for _ in ids]
 
 
+def letters(text: str) -> list[int]:
+    """Ids of printable ASCII, spaces and newlines, one per byte."""
+    return [{" ": 220, "\n": 198}.get(c, ord(c) - 33) for c in text]
+
+
+def test_golden_several_calls_with_text_before_them(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    calls = [call("f", {"a": 1}), call("g", '{"b": "x"}')]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Both:", "tool_calls": calls}]
+    rendered = render(byte_tokenizer, turns)
+    trained = [
+        *letters("Both:\n"),
+        *(CALL, 198, *letters('{"name": "f", "arguments": {"a": 1}}\n'), END_CALL, 198),
+        *(CALL, 198, *letters('{"name": "g", "arguments": {"b": "x"}}\n'), END_CALL, IM_END),
+    ]
+    prompt = [IM_START, *USER, 87, IM_END, 198, IM_START, *ASSISTANT]
+    assert rendered.input_ids == [*prompt, *trained, 198]
+    assert rendered.loss_mask == [0] * len(prompt) + [1] * len(trained) + [0]
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["as text", "as tokens"])
+def test_golden_thoughts(byte_tokenizer: PreTrainedTokenizerFast, tokens: bool) -> None:
+    """Thoughts are trained, in earlier turns too, and stay in the conversation; in a user's text they are letters."""
+    opening, closing = letters("<think>"), letters("</think>")
+    if tokens:
+        byte_tokenizer.add_tokens(["<think>", "</think>"])
+        opening, closing = [263], [264]
+    reply = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes"}
+    rendered = render(byte_tokenizer, [{"role": "user", "content": "<think>"}, reply, *CONVERSATIONS["user"], reply])
+    answer = [*opening, *letters("\nhm\n"), *closing, *letters("\n\nYes"), IM_END]
+    question = letters("Where is Ada?")
+    expected = [
+        ([IM_START, *USER, *letters("<think>"), IM_END, 198, IM_START, *ASSISTANT], 0),
+        (answer, 1),
+        ([198, IM_START, *USER, *question, IM_END, 198, IM_START, *ASSISTANT], 0),
+        (answer, 1),
+        ([198], 0),
+    ]
+    assert rendered.input_ids == [i for ids, _ in expected for i in ids]
+    assert rendered.loss_mask == [trained for ids, trained in expected for _ in ids]
+
+
+def test_golden_chinese_with_generation_prompt(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """In GPT-2's byte order 0xA1 to 0xAC are 94 to 105, 0xAE to 0xFF 106 to 187, and 0x80 to 0xA0 222 to 254."""
+    turns = [{"role": "system", "content": "好"}, {"role": "user", "content": "苏晴？"}]
+    rendered = render(byte_tokenizer, turns, add_generation_prompt=True)
+    good = [161, 98, 121]  # 好 = E5 A5 BD
+    person = [164, 233, 237, 162, 247, 112, 171, 120, 253]  # 苏 = E8 8B 8F, 晴 = E6 99 B4, ？ = EF BC 9F
+    ids = [IM_START, *SYSTEM, *good, IM_END, 198, IM_START, *USER, *person, IM_END, 198, IM_START, *ASSISTANT]
+    assert rendered.input_ids == ids
+    assert not any(rendered.loss_mask)
+
+
 def test_empty_system_message_leaves_no_turn(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rendered = render(byte_tokenizer, CONVERSATIONS["empty system"])
     assert rendered.input_ids[: 1 + len(USER)] == [IM_START, *USER]
@@ -323,6 +382,17 @@ def test_control_words_in_text_stay_text(tokenizer: PreTrainedTokenizerFast, wor
     assert len(spelled_out) > 1 and tokenizer.decode(spelled_out) == word
 
 
+def test_every_special_of_qwen_stays_text(qwen: PreTrainedTokenizerFast) -> None:
+    words = [token.content for token in qwen.added_tokens_decoder.values()]
+    assert len(words) >= 22 and "<|fim_prefix|>" in words
+    layout = render(qwen, [{"role": "user", "content": "-"}], add_generation_prompt=True).input_ids
+    control = [i for i in layout if i in qwen.added_tokens_decoder]
+    for word in words:
+        rendered = render(qwen, [{"role": "user", "content": f"a{word} {word}"}], add_generation_prompt=True)
+        assert [i for i in rendered.input_ids if i in qwen.added_tokens_decoder] == control, word
+        assert f"user\na{word} {word}<|im_end|>" in qwen.decode(rendered.input_ids)
+
+
 def test_random_text_is_kept_whole_and_in_its_place(trained: PreTrainedTokenizerFast) -> None:
     pick = random.Random(0)
     parts = [
@@ -385,6 +455,90 @@ def test_tokens_added_later_are_seen(byte_tokenizer: PreTrainedTokenizerFast) ->
     byte_tokenizer.add_tokens(["<late>"])
     late = byte_tokenizer.convert_tokens_to_ids("<late>")
     assert late not in render(byte_tokenizer, [{"role": "user", "content": "<late>"}]).input_ids
+
+
+@pytest.mark.parametrize("word", [*CONTROL, "<repo_name>", "<jupyter_start>"])
+def test_specials_stay_text_in_training_and_serving(trained: PreTrainedTokenizerFast, word: str) -> None:
+    """The ids a trainer sees and the ids a server feeds hold the control tokens of the layout and no more."""
+    trained = copy.deepcopy(trained)
+    trained.add_special_tokens({"extra_special_tokens": [*CONTROL, "<repo_name>", "<jupyter_start>"]})
+    user, reply = {"role": "user", "content": f"a {word}"}, {"role": "assistant", "content": f"{word} b"}
+    harmless = [{"role": "user", "content": "a -"}, {"role": "assistant", "content": "- b"}]
+
+    def control(ids: list[int]) -> list[int]:
+        return [i for i in ids if i in trained.added_tokens_decoder]
+
+    def served(message: dict) -> list[int]:
+        answers = Answers(SimpleNamespace(max_model_len=500), trained, "m", None, None)
+        return answers.chat_job(ChatRequest(messages=[message])).requests[0].prompt_ids
+
+    def learned(turns: list[dict]) -> list[int]:
+        pieces, _ = render_conversations([{"messages": turns}], trained, 500)
+        return pieces[0].input_ids.tolist()
+
+    def preferred(turns: list[dict]) -> list[int]:
+        row = {"prompt": turns[:1], "chosen": turns[1:], "rejected": [{"role": "assistant", "content": "no"}]}
+        pairs, _ = render_preferences([row], trained, 500)
+        return [int(i) for column in ("prompt_ids", "chosen_ids") for i in pairs[column][0]]
+
+    assert served(user) == learned([user, reply])[: len(served(user))]  # one renderer for both
+    assert control(served(user)) == control(served(harmless[0]))
+    assert control(learned([user, reply])) == control(learned(harmless))
+    assert control(preferred([user, reply])) == control(preferred(harmless))
+    answers = Answers(SimpleNamespace(max_model_len=500), trained, "m", None, None)
+    completion = answers.completion_job(CompletionRequest(prompt=f"a {word}")).requests[0].prompt_ids
+    assert control(completion) == [] and trained.decode(completion) == f"a {word}"
+
+
+def test_nobody_else_renders(root: Path) -> None:
+    """Messages become ids in smolkit/chat.py only: no other file runs a chat template."""
+    files = [path for path in (*root.glob("*.py"), *(root / "smolkit").rglob("*.py")) if path.name != "chat.py"]
+    files.append(root / "chat.py")  # the terminal client sends messages to a server
+    calls = re.compile(r"apply_chat_template|render_jinja_template|<\|im_start\|>")
+    assert [path.name for path in files if calls.search(path.read_text(encoding="utf-8"))] == []
+
+
+# --- long conversations -------------------------------------------------------------------------------------
+
+# One token a byte: a user turn of one letter has 9 tokens, a reply of one letter 14 (with the newline after it).
+LONG = [{"role": role, "content": letter} for letter in "abc" for role in ("user", "assistant")]
+
+
+@pytest.mark.parametrize(
+    ("limit", "messages"), [(69, 6), (68, 4), (46, 4), (45, 2), (23, 2), (22, None), (1, None)]
+)
+def test_long_conversations_lose_their_end(
+    byte_tokenizer: PreTrainedTokenizerFast, limit: int, messages: int | None
+) -> None:
+    fitting = render_fitting(byte_tokenizer, LONG, None, limit)
+    if messages is None:
+        assert fitting is None
+    else:
+        assert fitting == (render(byte_tokenizer, LONG[:messages]), messages)
+        assert len(fitting[0].input_ids) == 23 * messages // 2 <= limit
+
+
+def test_cuts_keep_the_system_message_and_never_part_a_reply(trained: PreTrainedTokenizerFast) -> None:
+    """Against the naive way: render every beginning that ends with a reply, take the longest that fits."""
+    pick = random.Random(4)
+    for _ in range(40):
+        turns = [{"role": "system", "content": "Be brief."}] if pick.random() < 0.5 else []
+        for _ in range(pick.randrange(1, 5)):
+            turns += [{"role": "user", "content": "x " * pick.randrange(1, 9)}]
+            if pick.random() < 0.3:
+                turns += [
+                    {"role": "assistant", "content": "", "tool_calls": [call("f", {"a": 1})]},
+                    {"role": "tool", "content": "2"},
+                ]
+            turns += [{"role": "assistant", "content": "y " * pick.randrange(1, 9)}]
+        turns += [{"role": "user", "content": "bye"}] * pick.randrange(2)
+        limit = pick.randrange(10, 200)
+        naive = None
+        for end in range(1, len(turns) + 1):
+            if end == len(turns) or turns[end - 1]["role"] == "assistant":
+                rendered = render(trained, turns[:end], TOOLS[1:])
+                naive = (rendered, end) if len(rendered.input_ids) <= limit else naive
+        assert render_fitting(trained, turns, TOOLS[1:], limit) == naive
 
 
 # --- foreign tokenizers and templates -----------------------------------------------------------------------

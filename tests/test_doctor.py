@@ -1,6 +1,10 @@
 """Reading data files: what is found, what is accepted, and that every error names file, line and remedy."""
 
 import json
+import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +12,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from smolkit import doctor
-from smolkit.doctor import expand_paths, read_dpo, read_pretrain, read_sft, read_texts, validation_path
+from smolkit.doctor import Finding, expand_paths, read_dpo, read_pretrain, read_sft, read_texts, rows, validation_path
+from smolkit.doctor.checkup import Examiner, examine
+from smolkit.doctor.command import main
 from smolkit.errors import UserError
 
 PRETRAIN = {"text": "Ada lives in Rome.", "category": "facts"}
@@ -119,7 +124,7 @@ def test_dpo_forms_become_the_same_messages(tmp_path: Path) -> None:
         {"role": "assistant", "content": "What?"},
     )
     extra = {"quality": {"must_start_with": ["H"]}}
-    rows = [
+    forms = [
         {**DPO, **extra},
         {**DPO, **extra, "prompt": prompt},
         {**DPO, **extra, "chosen": [good], "rejected": [bad]},
@@ -127,15 +132,15 @@ def test_dpo_forms_become_the_same_messages(tmp_path: Path) -> None:
         {**DPO, **extra, "prompt": prompt, "chosen": [USER, good]},
     ]
     expected = {**DPO, **extra, "prompt": prompt, "chosen": [good], "rejected": [bad]}
-    assert list(read_dpo(write(tmp_path / "d.jsonl", *rows))) == [expected] * len(rows)
+    assert list(read_dpo(write(tmp_path / "d.jsonl", *forms))) == [expected] * len(forms)
 
 
 def test_parquet_equals_jsonl(tmp_path: Path) -> None:
-    rows = {"p": [PRETRAIN] * 600, "s": [SFT] * 3, "d": [DPO] * 3}
+    made = {"p": [PRETRAIN] * 600, "s": [SFT] * 3, "d": [DPO] * 3}
     for name, read in (("p", read_pretrain), ("s", read_sft), ("d", read_dpo)):
-        parquet.write_table(pyarrow.Table.from_pylist(rows[name]), tmp_path / f"{name}.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(made[name]), tmp_path / f"{name}.parquet")
         assert list(read(tmp_path / f"{name}.parquet")) == list(
-            read(write(tmp_path / f"{name}.jsonl", *rows[name]))
+            read(write(tmp_path / f"{name}.jsonl", *made[name]))
         )
 
 
@@ -176,7 +181,7 @@ def test_text_separator_lines_end_documents(tmp_path: Path) -> None:
 def test_long_text_is_cut_at_blank_lines_then_at_line_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "TEXT_DOCUMENT_CHARACTERS", 20)
+    monkeypatch.setattr(rows, "TEXT_DOCUMENT_CHARACTERS", 20)
     path = write(tmp_path / "a.txt", "a" * 12, "", "b" * 12, "b", "", "c", "", *["d" * 30] * 5)
     texts = [row["text"] for row in read_pretrain(path)]
     assert texts == [
@@ -251,12 +256,42 @@ GOOD = {read_pretrain: PRETRAIN, read_sft: SFT, read_dpo: DPO}
 def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, name: str) -> None:
     read, bad, complaint = BAD_ROWS[name]
     path = write(tmp_path / "data.jsonl", GOOD[read], "", bad, GOOD[read])
-    rows = read(path)
-    next(rows)
+    reader = read(path)
+    next(reader)
     with pytest.raises(UserError, match=complaint) as error:
-        next(rows)
-    assert str(error.value).startswith(f"{path}:3: ")
-    assert "\n" not in str(error.value)
+        next(reader)
+    assert re.fullmatch(rf"{re.escape(str(path))}:3: \S.* — \S.*", str(error.value))  # one line, with a remedy
+
+
+CODES = {
+    "broken json": "not_json",
+    "not utf-8": "not_utf8",
+    "surrogate": "not_utf8",
+    "number": "field",
+    "blank": "empty_text",
+    "sharegpt role": "role",
+    "assistant first": "order",
+    "two users": "order",
+    "stray tool": "order",
+    "empty turn": "empty_turn",
+    "bad tools": "tool",
+    "no assistant": "empty_mask",
+    "same": "no_preference",
+    "lost prompt": "lost_prompt",
+    "other prompt": "lost_prompt",
+    "empty answer": "empty_turn",
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_findings_carry_codes_and_survive_worker_processes(tmp_path: Path, name: str) -> None:
+    read, bad, _ = BAD_ROWS[name]
+    path = write(tmp_path / "data.jsonl", GOOD[read], bad)
+    with pytest.raises(Finding) as error:
+        list(read(path))
+    finding = pickle.loads(pickle.dumps(error.value))
+    assert (finding.code, finding.path, finding.line, finding.severity) == (CODES[name], path, 2, "problem")
+    assert str(finding) == str(error.value) == f"{path}:2: {finding.what} — {finding.remedy}"
 
 
 @pytest.mark.parametrize("read", [read_pretrain, read_sft, read_dpo, read_texts])
@@ -283,41 +318,46 @@ def test_damaged_parquet_and_bad_parquet_rows(tmp_path: Path) -> None:
 def test_command_counts_rows_and_problems(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path / "p.jsonl", PRETRAIN, PRETRAIN)
     write(tmp_path / "d.jsonl", DPO)
-    doctor.main([str(tmp_path)])
+    main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"{tmp_path}/d.jsonl: dpo, 1 rows, 0 with problems",
-        f"{tmp_path}/p.jsonl: pretrain, 2 rows, 0 with problems",
+        f"{tmp_path}/d.jsonl: dpo, 1 rows, 0 problems, 0 warnings",
+        "  languages   English 100.0 %",
+        "  characters  min 13, median 13, p95 13, max 13, total 13",
+        f"{tmp_path}/p.jsonl: pretrain, 2 rows, 0 problems, 0 warnings",
+        "  languages   English 100.0 %",
+        "  characters  min 18, median 18, p95 18, max 18, total 36",
     ]
 
     broken = write(tmp_path / "s.jsonl", "{", SFT, {**SFT, "messages": TWO_USERS}, b"\xff", "{")
-    with pytest.raises(UserError, match="4 problems found"):
-        doctor.main([str(broken), "--max_problems", "3"])
+    with pytest.raises(UserError, match="4 problems and 0 warnings found"):
+        main([str(broken), "--max_problems", "3"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{broken}: sft, 5 rows, 4 with problems"
+    assert lines[0] == f"{broken}: sft, 5 rows, 4 problems (not_json 2, order 1, not_utf8 1), 0 warnings"
     assert [line.split(": ")[0] for line in lines[1:4]] == [f"  {broken}:{line}" for line in (1, 3, 4)]
     assert lines[4] == "  ... and 1 more (--max_problems)"
 
 
 def test_exam_items_are_known_and_kept_from_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     item = {"id": "1", "messages": [USER], "answer": ["Hello", "Hi"]}
-    path = write(
-        tmp_path / "exam.jsonl", item, {**item, "answer": {"name": "f", "arguments": {}}, "tools": TOOLS}
-    )
-    doctor.main([str(path)])
-    assert capsys.readouterr().out == f"{path}: exam, 2 rows, 0 with problems\n"
+    path = write(tmp_path / "exam.jsonl", item, {**item, "answer": {"name": "f", "arguments": {}}, "tools": TOOLS})
+    main([str(path)])
+    assert capsys.readouterr().out.startswith(f"{path}: exam, held out, 2 rows, 0 problems, 0 warnings\n")
     with pytest.raises(UserError, match=r"exam\.jsonl:1: an exam item is no training text"):
         list(read_texts(path))
     bad = write(tmp_path / "bad.jsonl", {**item, "messages": [USER, REPLY]}, {**item, "answer": 3})
-    kind, rows, problems = doctor.examine(bad)
-    assert (kind, rows) == ("exam", 2)
-    assert "must end with the question" in str(problems[0]) and "must be a text, a call" in str(problems[1])
+    report = examine(bad, Examiner())
+    assert (report.kind, report.rows) == ("exam", 2)
+    order, field = report.problems
+    assert "must end with the question" in str(order) and "must be a text, a call" in str(field)
 
 
-def test_command_exits_2_with_one_line(tmp_path: Path, run_script: Callable) -> None:
+def test_command_exits_2_with_one_line(tmp_path: Path, root: Path) -> None:
     path = write(tmp_path / "d.jsonl", {**DPO, "rejected": "Hello!"})
-    result = run_script("smolkit/doctor.py", path, expect=2, env={"PYTHONPATH": "."})
-    assert result.stderr == "error: 1 problems found\n"
+    command = [sys.executable, "-m", "smolkit.doctor", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert result.returncode == 2
+    assert result.stderr == "error: 1 problems and 0 warnings found — see above, or --fix\n"
     assert f"{path}:1: 'chosen' and 'rejected' are the same" in result.stdout
 
 

@@ -18,7 +18,8 @@ FORBIDDEN = {
     "smolkit/tiny_world.py": {"torch", "transformers", "numpy"},
     "smolkit/tiny_world_words.py": {"torch", "transformers", "numpy"},
     "smolkit/report.py": {"torch", "transformers"},
-    "smolkit/doctor.py": {"torch"},
+    **{f"smolkit/doctor/{path.name}": {"torch"} for path in (ROOT / "smolkit" / "doctor").glob("*.py")},
+    "smolkit/tokenizer.py": {"torch"},
     "smolkit/packing.py": {"smol_model"},
     "smolkit/shards.py": {"smol_model", "torch"},
 }

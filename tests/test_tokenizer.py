@@ -3,16 +3,19 @@
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import train_tokenizer
 from smolkit.chat import CHAT_TEMPLATE, encode_text, render
 from smolkit.errors import UserError
+from smolkit.tokenizer import by_language, compare, llama_cpp_name, texts_of_files, train_bpe
 
 NAMES = ["Ada", "Boris", "Chen", "Dilan", "Emeka", "苏晴", "王小明", "陈晨"]
 PLACES = ["the old lighthouse", "Rome", "北京", "a café in Zürich", "上海的老城区"]
@@ -128,6 +131,87 @@ def test_encoding_needs_no_rule_for_chinese(tokenizer: PreTrainedTokenizerFast) 
         assert strict.encode(text).ids == tokenizer(text)["input_ids"]
 
 
+def test_golden_ids(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Ids of a tokenizer trained on `corpus()`: neither a refactoring nor an upgrade may change them unnoticed."""
+    english = [364, 300, 301, 220, 19, 16, 15, 17, 220, 49, 78, 283, 13]
+    assert tokenizer("Ada lives at 4102 Rome.")["input_ids"] == english
+    chinese = [164, 233, 237, 306, 112, 320, 341, 370, 369, 334, 343, 342, 340, 336, 17, 22, 339]
+    assert tokenizer("苏晴住在北京，门牌号是27。")["input_ids"] == chinese
+
+
+def test_bytes_that_are_no_text_survive(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Any bytes, valid UTF-8 or not, have ids whose entries spell them out again."""
+    backend, letter = tokenizer.backend_tokenizer, bytes_to_unicode()
+    byte = {character: number for number, character in letter.items()}
+    pick = random.Random(2)
+    for _ in range(200):
+        data = bytes(pick.choices(range(256), k=pick.randrange(80)))
+        ids = [token.id for token in backend.model.tokenize("".join(letter[b] for b in data))]
+        assert bytes(byte[c] for i in ids for c in tokenizer.convert_ids_to_tokens(i)) == data
+        text = data.decode("latin-1")  # every byte as a character, control characters among them
+        assert tokenizer.decode(encode_text(tokenizer, text)) == text
+
+
+SPLITS = {  # by hand, from the patterns in llama.cpp's source
+    "qwen2": ["It", "'s", " ", "1", "2", "3", "4", " o", "'CLOCK", ",你好", "！\n\n", " ", " x", "+=", "1"],
+    "llama-bpe": ["It", "'s", " ", "123", "4", " o", "'CLOCK", ",你好", "！\n\n", " ", " x", "+=", "1"],
+    "smollm": ["It", "'s", " ", "1", "2", "3", "4", " o", "'", "CLOCK", ",", "你好", "！", "\n\n ", " x", "+=", "1"],
+    "gpt-2": ["It", "'s", " 1234", " o", "'", "CLOCK", ",", "你好", "！", "\n\n ", " x", "+=", "1"],
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_patterns_that_llama_cpp_knows(data: Path, tmp_path: Path, name: str, model_type: str) -> None:
+    text = "It's 1234 o'CLOCK,你好！\n\n  x+=1"
+    tokenizer = train(data, tmp_path / "trained", "--pre_tokenizer", name)
+    (tmp_path / "trained" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in pieces] == SPLITS[name]
+    assert llama_cpp_name(tokenizer) == name
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_names_of_foreign_tokenizers(samples: Path) -> None:
+    assert llama_cpp_name(AutoTokenizer.from_pretrained(samples / "qwen2.5_tokenizer")) == "qwen2"
+    for cut in (None, pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True)):
+        backend = Tokenizer(models.BPE())
+        if cut is not None:
+            backend.pre_tokenizer = cut
+        assert llama_cpp_name(PreTrainedTokenizerFast(tokenizer_object=backend)) is None
+
+
+def test_a_cap_takes_rows_of_each_file_in_turn(tmp_path: Path) -> None:
+    for name, rows in (("a", 5), ("b", 1), ("c", 3)):
+        lines = [json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    assert list(texts_of_files(paths, 6)) == ["a0", "b0", "c0", "a1", "c1", "a2"]
+    assert list(texts_of_files(paths, None)) == ["a0", "a1", "a2", "a3", "a4", "b0", "c0", "c1", "c2"]
+    assert len(list(texts_of_files(paths, 100))) == 9
+
+
+def test_training_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are taken one after the other while training reads them, never collected."""
+    alive = most = 0
+
+    class Text(str):
+        def __new__(cls, value: str) -> "Text":
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            return super().__new__(cls, value)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    texts = (Text(f"document {i % 7} of a long stream") for i in range(20_000))
+    assert len(train_bpe(texts, 300, "qwen2", False, [])) > 256
+    assert most < 2_000
+
+
 def test_pattern_is_qwen2s(tokenizer: PreTrainedTokenizerFast, samples: Path) -> None:
     qwen = AutoTokenizer.from_pretrained(samples / "qwen2.5_tokenizer").backend_tokenizer
     text = "It's 2024: don't\r\n\r\n  x+=1;  你好，世界！ naïve １２ \t end "
@@ -197,11 +281,93 @@ def test_qwen_directory(samples: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.fixture
+def gpt2(tmp_path: Path, data: Path) -> Path:
+    """A directory in GPT-2's layout: vocab.json, merges.txt, one `<|endoftext|>` at the end, no chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([row["text"] for row in corpus() if "text" in row], trainer)
+    directory = tmp_path / "gpt2"
+    directory.mkdir()
+    backend.model.save(str(directory))
+    vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary["<|endoftext|>"] = len(vocabulary)
+    (directory / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return directory
+
+
+def test_gpt2_gets_chat_tokens_and_keeps_its_ids(gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    markers = ["<repo_name>", "<jupyter_start>"]
+    command = ["--mode", "load", "--base_tokenizer", str(gpt2), "--save_dir", str(tmp_path / "fitted")]
+    train_tokenizer.main([*command, "--extra_special_tokens", *markers])
+    assert "pre-tokenizer in llama.cpp: gpt-2" in capsys.readouterr().out
+    original, loaded = AutoTokenizer.from_pretrained(gpt2), AutoTokenizer.from_pretrained(tmp_path / "fitted")
+    text = "It's 12345, 苏晴住在北京。\n\n def f(x):\n\treturn x"
+    assert loaded(text)["input_ids"] == original(text)["input_ids"]
+    # 301 entries of its own, 2 chat tokens more, the markers, 4 tool tokens
+    assert (len(original), len(loaded)) == (301, 309)
+    assert loaded.convert_tokens_to_ids(["<|endoftext|>", *markers]) == [300, 303, 304]
+    assert (loaded.pad_token_id, loaded.eos_token) == (300, "<|im_end|>")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rendered = render(loaded, turns)
+    assert rendered.input_ids == loaded.apply_chat_template(turns, return_dict=False)
+    assert sum(rendered.loss_mask) == len(original("Hello")["input_ids"]) + 1
+
+
 def test_trained_directory_can_be_loaded_and_extended(directory: Path, tmp_path: Path) -> None:
     command = ["--mode", "load", "--qwen_model", str(directory), "--save_dir", str(tmp_path / "more")]
     train_tokenizer.main([*command, "--extra_special_tokens", "<new>"])
     loaded = AutoTokenizer.from_pretrained(tmp_path / "more")
     assert len(loaded) == 401 and loaded.convert_tokens_to_ids("<new>") == 400
+
+
+def test_a_replaced_source_is_noticed(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = shutil.copytree(directory, tmp_path / "source")
+    command = ["--mode", "load", "--qwen_model", str(source), "--save_dir", str(tmp_path / "fitted")]
+    train_tokenizer.main(command)
+    train_tokenizer.main(command)
+    assert "nothing to do" in capsys.readouterr().out
+    (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text() + " ")
+    with pytest.raises(UserError, match="is in use by something else"):
+        train_tokenizer.main(command)
+
+
+# --- comparing ----------------------------------------------------------------------------------------------
+
+
+def test_compare_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A tokenizer without merges has one token per byte, whatever the language."""
+    (tmp_path / "a.txt").write_text("It's a small dog.\n苏晴住在北京 Rome\n12 + 30\nГде?\n", encoding="utf-8")
+    row = json.dumps({"text": "x"}) + "\n"
+    (tmp_path / "x.jsonl").write_text(row)
+    bare = ["--extra_special_tokens", "--vocab_size", 263]
+    train(tmp_path / "x.jsonl", tmp_path / "bare", *bare)
+    texts = by_language((tmp_path / "a.txt").read_text(encoding="utf-8").splitlines(keepends=True))
+    assert texts == {"English": ["It's a small dog.\n"], "Chinese": ["苏晴住在北京 Rome\n"]}
+    english, chinese = compare([str(tmp_path / "bare")], texts)
+    assert (english.language, english.entries, english.bytes_per_token) == ("English", 263, 1.0)
+    assert english.words_per_token == 4 / 18  # It's, a, small, dog
+    assert (chinese.bytes_per_token, chinese.words_per_token) == (1.0, 7 / 24)  # six characters and Rome
+    assert english.speed > 0
+
+
+def test_compare_prints_languages_apart(
+    directory: Path, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    english, chinese = "The lighthouse is old.\n", "灯塔很老，海很大。\n"
+    (tmp_path / "a.txt").write_text(english + chinese, encoding="utf-8")
+    names = [str(directory), str(samples / "qwen2.5_tokenizer")]
+    train_tokenizer.main(["--mode", "compare", "--tokenizers", *names, "--data_path", str(tmp_path / "a.txt")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert [(line[0], line[2]) for line in lines] == [(n, lang) for lang in ("English", "Chinese") for n in names]
+    for line, text in zip(lines, (english, english, chinese, chinese), strict=True):
+        tokens = len(AutoTokenizer.from_pretrained(line[0])(text)["input_ids"])
+        assert line[3].rstrip("*") == f"{len(text.encode()) / tokens:.2f}"
+    assert [line[3].endswith("*") for line in lines] == [False, True, False, True]  # Qwen's are fewer
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
@@ -242,6 +408,11 @@ REFUSALS = {
         ["--data_path", "DATA", "--vocab_size", "600", "--max_documents", "0"],
         "must be at least 1, got 0",
     ),
+    "digits": (
+        ["--data_path", "DATA", "--vocab_size", "600", "--pre_tokenizer", "gpt-2", "--split_digits"],
+        "--pre_tokenizer gpt-2 decides about digits — leave --split_digits out",
+    ),
+    "resize": (["--data_path", "DATA", "--vocab_size", "600", "--resize_model", "x"], "no meaning with --mode train"),
     "model": (
         ["--data_path", "DATA", "--vocab_size", "600", "--qwen_model", "x"],
         "--qwen_model has no meaning",
@@ -276,9 +447,23 @@ def test_load_refusals(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer at .*missing.* — give a directory"):
         train_tokenizer.main([*command, "--qwen_model", str(tmp_path / "missing")])
     (tmp_path / "no_tokenizer").mkdir()
+    with pytest.raises(UserError, match="--resize_model and --resized_dir belong together"):
+        train_tokenizer.main([*command, "--qwen_model", "x", "--resize_model", "y"])
     with pytest.raises(UserError, match="no tokenizer at .*no_tokenizer"):
         train_tokenizer.main([*command, "--qwen_model", str(tmp_path / "no_tokenizer")])
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_compare_refusals(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--mode compare needs --tokenizers"):
+        train_tokenizer.main(["--mode", "compare", "--data_path", str(data)])
+    numbers = tmp_path / "numbers.txt"
+    numbers.write_text("1 + 1 = 2\n")
+    with pytest.raises(UserError, match="no English or Chinese line"):
+        train_tokenizer.main(["--mode", "compare", "--tokenizers", "x", "--data_path", str(numbers)])
+    with pytest.raises(UserError, match="no tokenizer at .*missing"):
+        missing = str(tmp_path / "missing")
+        train_tokenizer.main(["--mode", "compare", "--tokenizers", missing, "--data_path", str(data)])
 
 
 def test_save_dir_that_cannot_be_written(data: Path, tmp_path: Path) -> None:

@@ -1,13 +1,7 @@
-"""Reading and judging data files: every stage reads its rows through here, and errors name file and line.
+"""Reading and judging rows: every stage reads its data through here, and errors name file and line.
 
 Formats: `.jsonl` (one JSON object per line), `.parquet` (columns with the same names) and, for pretraining,
-`.txt`. `python -m smolkit.doctor FILE...` checks whole files and prints counts and problems.
-
-Rows (schemas in data/README.md):
-    pretrain  {"text": str, "category"?: str}
-    sft       {"messages": [{"role", "content", "tool_calls"?}...], "tools"?: [...]}
-    dpo       {"prompt": str | messages, "chosen": str | messages, "rejected": str | messages}
-    exam      {"messages": [...], "answer": str | {"name", "arguments"} | list of these, "tools"?: [...]}
+`.txt`.
 
 Plain text has no record structure, so `.txt` is read as running text: a line that holds only `<|endoftext|>`
 ends a document, and without such lines consecutive paragraphs stay together (they belong to each other) until
@@ -16,7 +10,6 @@ that size at the next line end. Concatenating the documents with the cut lines g
 ends are normalised.
 """
 
-import argparse
 import glob
 import itertools
 import json
@@ -25,15 +18,35 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from smolkit.chat import END_OF_TEXT, validate_messages, validate_tools
-from smolkit.errors import UserError, run
+from smolkit.errors import UserError
 
 Row = dict[str, Any]
 T = TypeVar("T")
-Problem = UserError
 RECORD_SUFFIXES = (".jsonl", ".parquet")
 PRETRAIN_SUFFIXES = (".jsonl", ".txt", ".parquet")
 TEXT_DOCUMENT_CHARACTERS = 20_000
 VALIDATION = "validation"
+
+
+class Finding(UserError):
+    """Something about one row: `path:line: what — remedy`. Readers raise the ones that are problems.
+
+    `line` counts lines (rows in parquet, a document's first line in .txt) from 1. A "problem" keeps the row out
+    of training, a "warning" does not.
+    """
+
+    def __init__(self, path: Path, line: int, code: str, text: str, severity: str = "problem") -> None:
+        super().__init__(f"{path}:{line}: {text}", code)
+        self.path, self.line, self.text, self.severity = path, line, text, severity
+        self.what, _, self.remedy = text.rpartition(" — ")  # the last dash: quoted data may have others
+
+    def __reduce__(self) -> tuple:  # worker processes hand it over to their parent
+        return Finding, (self.path, self.line, self.code, self.text, self.severity)
+
+    def as_json(self) -> dict[str, Any]:
+        """The finding for machines."""
+        names = ("line", "code", "severity", "what", "remedy")
+        return {"path": str(self.path), **{name: getattr(self, name) for name in names}}
 
 
 # --- finding files ------------------------------------------------------------------------------------------
@@ -119,7 +132,7 @@ def read_texts(spec: str | Path | Sequence[str | Path]) -> Iterator[list[str]]:
 def _texts(row: Row) -> list[str]:
     kind = kind_of(row)
     if kind == "exam":
-        raise UserError("an exam item is no training text — leave the exam file out")
+        raise UserError("an exam item is no training text — leave the exam file out", "exam")
     row = CHECKS[kind](row)
     if kind == "pretrain":
         return [row["text"]]
@@ -133,7 +146,7 @@ def _checked(paths: Iterable[Path], check: Callable[[Row], T]) -> Iterator[T]:
     for path in paths:
         empty = True
         for _, row in judged_rows(path, check):
-            if isinstance(row, Problem):
+            if isinstance(row, Finding):
                 raise row
             empty = False
             yield row
@@ -141,18 +154,22 @@ def _checked(paths: Iterable[Path], check: Callable[[Row], T]) -> Iterator[T]:
             raise UserError(f"{path}: the file has no rows — remove it or fill it")
 
 
-def judged_rows(path: Path, check: Callable[[Row], T]) -> Iterator[tuple[int, T | Problem]]:
+def judged_rows(path: Path, check: Callable[[Row], T]) -> Iterator[tuple[int, T | Finding]]:
     """(line or row number from 1, `check(row)` or the problem with the row) for every row of one file."""
-    for number, row in _raw_rows(path):
-        if not isinstance(row, Problem):
-            try:
-                row = check(row)
-            except UserError as error:
-                row = UserError(f"{path}:{number}: {error}")
-        yield number, row
+    for number, row in raw_rows(path):
+        yield number, row if isinstance(row, Finding) else judge(path, number, row, check)
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
+def judge(path: Path, number: int, row: Row, check: Callable[[Row], T]) -> T | Finding:
+    """`check(row)`, or the problem with the row."""
+    try:
+        return check(row)
+    except UserError as error:
+        return Finding(path, number, error.code, str(error))
+
+
+def raw_rows(path: Path) -> Iterator[tuple[int, Row | Finding]]:
+    """(line or row number from 1, the row as read or the problem with reading it); blank lines are no rows."""
     readers = {".jsonl": _jsonl_rows, ".txt": _text_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
         raise UserError(
@@ -164,44 +181,53 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | Problem]]:
+def _lines(path: Path) -> Iterator[tuple[int, str | Finding]]:
     """Numbered lines decoded as UTF-8, without line ends and byte order mark."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
-            except UnicodeDecodeError as error:
-                yield (
-                    number,
-                    UserError(
-                        f"{path}:{number}: byte {error.start} is not UTF-8 — convert the file to UTF-8"
-                    ),
-                )
-            else:
-                yield number, text.removeprefix("\ufeff") if number == 1 else text
+            yield number, _decoded(path, number, line)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
+def _decoded(path: Path, number: int, line: bytes) -> str | Finding:
+    try:
+        text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        text = f"byte {error.start} is not UTF-8 — convert the file to UTF-8"
+        return Finding(path, number, "not_utf8", text)
+    return text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | Finding]]:
     for number, line in _lines(path):
-        if isinstance(line, Problem):
+        if isinstance(line, Finding):
             yield number, line
         elif line and not line.isspace():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                message = f"not valid JSON ({error}) — every line must be one complete JSON object"
-                yield number, UserError(f"{path}:{number}: {message}")
-                continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                yield number, UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+            yield number, _parsed(path, number, line)
 
 
-def _text_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
+def parse_line(path: Path, number: int, line: bytes) -> Row | Finding | None:
+    """One line of a .jsonl file as a row, as the problem with it, or None when it is blank."""
+    text = _decoded(path, number, line)
+    if isinstance(text, Finding):
+        return text
+    return _parsed(path, number, text) if text and not text.isspace() else None
+
+
+def _parsed(path: Path, number: int, line: str) -> Row | Finding:
+    remedy = "every line must be one complete JSON object"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Finding(path, number, "not_json", f"not valid JSON ({error}) — {remedy}")
+    if isinstance(row, dict):
+        return row
+    return Finding(path, number, "not_json", f"expected a JSON object, got {type(row).__name__} — {remedy}")
+
+
+def _text_rows(path: Path) -> Iterator[tuple[int, Row | Finding]]:
     first, size, lines = 1, 0, []
     for number, line in _lines(path):
-        if isinstance(line, Problem):
+        if isinstance(line, Finding):
             yield number, line
             continue
         blank = not line or line.isspace()
@@ -217,7 +243,7 @@ def _text_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
         yield first, {"text": "\n".join(lines) + "\n"}
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Problem]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Finding]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -242,9 +268,9 @@ def check_pretrain(row: Row) -> Row:
     """The row, if `text` is a non-empty string; else `UserError` (without file and line)."""
     text = _field(row, "text")
     if not isinstance(text, str):
-        raise UserError(f"'text' must be a string, got {type(text).__name__}")
+        raise UserError(f"'text' must be a string, got {type(text).__name__} — convert or remove the row", "field")
     if not text.strip():
-        raise UserError("'text' is empty — remove the row")
+        raise UserError("'text' is empty — remove the row", "empty_text")
     _check_encodable(text)
     return row
 
@@ -257,7 +283,7 @@ def check_sft(row: Row) -> Row:
         validate_tools(row["tools"])
     _check_order(messages)
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError("no assistant message, so nothing to learn — remove the row")
+        raise UserError("no assistant message, so nothing to learn — remove the row", "empty_mask")
     return row
 
 
@@ -267,12 +293,14 @@ def check_dpo(row: Row) -> Row:
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     validate_messages(prompt)
     if prompt[-1]["role"] not in ("user", "tool"):
-        raise UserError("'prompt' must end with a user or tool message")
+        text = "'prompt' must end with a user or tool message — move the answer into 'chosen' and 'rejected'"
+        raise UserError(text, "order")
     if row.get("tools") is not None:
         validate_tools(row["tools"])
     answers = {name: _answer(_field(row, name), name, prompt) for name in ("chosen", "rejected")}
     if _essence(answers["chosen"]) == _essence(answers["rejected"]):
-        raise UserError("'chosen' and 'rejected' are the same, so there is no preference — remove the pair")
+        text = "'chosen' and 'rejected' are the same, so there is no preference — remove the pair"
+        raise UserError(text, "no_preference")
     return {**row, "prompt": prompt, **answers}
 
 
@@ -281,12 +309,14 @@ def check_exam(row: Row) -> Row:
     messages = _field(row, "messages")
     validate_messages(messages)
     if messages[-1]["role"] not in ("user", "tool"):
-        raise UserError("'messages' must end with the question, a user or tool message")
+        text = "'messages' must end with the question, a user or tool message — move the answer into 'answer'"
+        raise UserError(text, "order")
     if row.get("tools") is not None:
         validate_tools(row["tools"])
     answer = _field(row, "answer")
     if not answer or not all(isinstance(each, (str, dict)) for each in _as_list(answer)):
-        raise UserError("'answer' must be a text, a call {'name', 'arguments'} or a list of accepted ones")
+        text = "'answer' must be a text, a call {'name', 'arguments'} or a list of accepted ones — correct it"
+        raise UserError(text, "field")
     return row
 
 
@@ -297,16 +327,18 @@ def _as_list(value: Any) -> list[Any]:
 def _answer(value: Any, name: str, prompt: list[Row]) -> list[Row]:
     answer = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
     if not isinstance(answer, list):
-        raise UserError(f"'{name}' must be a string or a list of messages, got {type(value).__name__}")
+        text = f"'{name}' must be a string or a list of messages, got {type(value).__name__} — convert it"
+        raise UserError(text, "field")
     if _essence(answer[: len(prompt)]) == _essence(prompt):
         answer = answer[len(prompt) :]
     if not answer or not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":
-        raise UserError(f"'{name}' must continue the prompt with an assistant message")
+        text = f"'{name}' must continue the prompt with an assistant message — give the whole prompt in 'prompt'"
+        raise UserError(text, "lost_prompt")
     try:
         validate_messages(prompt + answer)
         _check_order(prompt + answer)
     except UserError as error:
-        raise UserError(f"'{name}': {error}") from None
+        raise UserError(f"'{name}': {error}", error.code) from None
     return answer
 
 
@@ -314,13 +346,14 @@ def _check_order(messages: list[Row]) -> None:
     """After a system message, if any: user first, no role twice in a row (tools apart), nothing empty."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns or turns[0]["role"] != "user":
-        raise UserError("the first message after the optional system message must be a user message")
+        text = "the first message after the optional system message must be a user message — add or remove a turn"
+        raise UserError(text, "order")
     for number, message in enumerate(turns, start=len(messages) - len(turns)):
         role = message["role"]
         if role != "tool" and number > 0 and messages[number - 1]["role"] == role:
-            raise UserError(f"message {number}: two {role} messages in a row — merge them")
+            raise UserError(f"message {number}: two {role} messages in a row — merge them", "order")
         if role != "tool" and not message.get("tool_calls") and not message["content"].strip():
-            raise UserError(f"message {number}: empty {role} message")
+            raise UserError(f"message {number}: empty {role} message — fill it or remove the row", "empty_turn")
 
 
 def _essence(messages: Any) -> Any:
@@ -335,7 +368,10 @@ def _essence(messages: Any) -> Any:
 
 def _field(row: Row, name: str) -> Any:
     if row.get(name) is None:
-        raise UserError(f"field '{name}' is missing — the row has {', '.join(map(repr, row)) or 'no fields'}")
+        text = f"field '{name}' is missing — the row has {', '.join(map(repr, row)) or 'no fields'}"
+        sharegpt = "conversations" in row and "`python -m smolkit.doctor --fix` converts the ShareGPT form"
+        text += f": {sharegpt or 'rename one, or convert the file with prepare_datasets.py'}"
+        raise UserError(text, "lost_prompt" if name == "prompt" else "field")
     return row[name]
 
 
@@ -343,63 +379,15 @@ def _check_encodable(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"'text' has an unpaired surrogate at character {error.start}") from None
+        text = f"'text' has an unpaired surrogate at character {error.start} — remove the character"
+        raise UserError(text, "not_utf8") from None
 
-
-# --- command line -------------------------------------------------------------------------------------------
 
 CHECKS = {"pretrain": check_pretrain, "sft": check_sft, "dpo": check_dpo, "exam": check_exam}
 
 
 def kind_of(row: Row) -> str:
     """The kind of row by its fields: "sft", "exam", "dpo" or "pretrain"."""
-    if "messages" in row:
+    if "messages" in row or "conversations" in row:
         return "exam" if "answer" in row else "sft"
     return "dpo" if "chosen" in row or "rejected" in row else "pretrain"
-
-
-def examine(path: Path, kind: str | None = None) -> tuple[str, int, list[Problem]]:
-    """(kind, number of rows, problems) of one file; without `kind`, the first readable row decides it."""
-    rows = 0
-    problems: list[Problem] = []
-
-    def check(row: Row) -> Row:
-        nonlocal kind
-        kind = kind or kind_of(row)
-        return CHECKS[kind](row)
-
-    for _, row in judged_rows(path, check):
-        rows += 1
-        if isinstance(row, Problem):
-            problems.append(row)
-    if rows == 0:
-        problems.append(UserError(f"{path}: the file has no rows — remove it or fill it"))
-    return kind or "unknown", rows, problems
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Check data files; prints one line per file and per problem, and fails when there is any problem."""
-    parser = argparse.ArgumentParser(prog="python -m smolkit.doctor", description=main.__doc__)
-    parser.add_argument("paths", nargs="+", metavar="FILE", help="data files, directories or glob patterns")
-    parser.add_argument(
-        "--kind", choices=sorted(CHECKS), help="what the rows are (default: by the first row's fields)"
-    )
-    parser.add_argument(
-        "--max_problems", type=int, default=20, help="problems printed per file (default: 20)"
-    )
-    arguments = parser.parse_args(argv)
-    total = 0
-    for path in expand_paths(arguments.paths, PRETRAIN_SUFFIXES):
-        kind, rows, problems = examine(path, arguments.kind)
-        print(f"{path}: {kind}, {rows:,} rows, {len(problems):,} with problems")
-        for problem in problems[: arguments.max_problems]:
-            print(f"  {problem}")
-        if len(problems) > arguments.max_problems:
-            print(f"  ... and {len(problems) - arguments.max_problems:,} more (--max_problems)")
-        total += len(problems)
-    if total:
-        raise UserError(f"{total:,} problems found")
-
-
-if __name__ == "__main__":
-    run(main)
