@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args=args,
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
-        data_collator=PackedCollator(tokenizer.pad_token_id),
+        data_collator=PackedCollator(tokenizer.pad_token_id, mask_padding=bool(config.num_experts)),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)

@@ -34,15 +34,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-import train_pretrain
 from benchmarks import common
 from benchmarks.train_step import LEARNING_RATE, MAX_NORM, SEED
-from smolkit.checkpoints import attention_kernel, build_model, load_config
-from smolkit.doctor import read_dpo
+from smolkit.checkpoints import attention_kernel, build_model, document_end_id, load_config
 from smolkit.errors import run
 from smolkit.optimizer import MasterAdamW
-from smolkit.packing import IGNORE, PackedCollator, pack_conversations, render_preferences
+from smolkit.packing import IGNORE, PackedCollator, pack_conversations, pack_texts, preference_pairs
 from smolkit.runtime import prepare
+from smolkit.shards import tokenized
 
 # rows of a batch, tokens of a row at most, script, flag of the checkpoint to start from
 STAGES = {
@@ -93,12 +92,15 @@ def stage_rows(home: Path, stage: str, tokenizer: Any) -> tuple[Dataset, Callabl
     """The rows a stage trains on and what makes a batch of some of them, as its script does."""
     _, length, *_ = STAGES[stage]
     file = data_file(home, stage)
+    tokenise, shared = partial(tokenized, tokenizer=tokenizer, cache_dir=home / "cache", num_proc=1), ([file], [])
     if stage == "pretrain":
-        return train_pretrain.text_rows([file], tokenizer, length, SEED)[0], PackedCollator(tokenizer.pad_token_id)
-    if stage == "sft":
-        rows = pack_conversations([file], [], tokenizer, length, SEED, pack=True, max_eval_rows=0).train
+        end = document_end_id(tokenizer)
+        rows = pack_texts(tokenise, *shared, end, length, SEED, strategy="best_fit", max_eval_rows=0).train
         return rows, PackedCollator(tokenizer.pad_token_id)
-    pairs, _ = render_preferences(read_dpo([file]), tokenizer, length)
+    if stage == "sft":
+        rows = pack_conversations(tokenise, *shared, length, SEED, pack=True, max_eval_rows=0).train
+        return rows, PackedCollator(tokenizer.pad_token_id)
+    pairs, _ = preference_pairs(tokenise, [file], length)
     return pairs, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
 
 

@@ -434,11 +434,13 @@ def blank_row(pad_token_id: int) -> dict[str, np.ndarray]:
 class PackedCollator:
     """Rows → `input_ids`, `labels`, `position_ids`, int64 (B, T), padded on the right to the longest row.
 
-    Padding has label IGNORE and positions of its own document, so it changes no real token. There is no
-    attention mask: with one, transformers no longer keeps packed documents apart.
+    Padding has label IGNORE and positions of its own document, so it changes no real token. With `mask_padding` an
+    `attention_mask` (B, T) is added when there is padding, for a router that must not count it. Only for
+    SmolForCausalLM: given a mask, transformers' models no longer keep packed documents apart.
     """
 
     pad_token_id: int
+    mask_padding: bool = False
 
     def __call__(self, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
@@ -452,6 +454,8 @@ class PackedCollator:
             for name, array in batch.items():
                 array[i, :length] = row[name]
             batch["position_ids"][i, length:] = np.arange(shape[1] - length)
+        if self.mask_padding and min(lengths) < shape[1]:
+            batch["attention_mask"] = (np.arange(shape[1]) < np.asarray(lengths)[:, None]).astype(np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

@@ -189,7 +189,10 @@ def test_collator_pads_with_unlabelled_tokens() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3], [5, 6, 9]]
     assert batch["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, 6, IGNORE]]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
-    assert "attention_mask" not in batch, "it would let packed documents see each other"
+    assert "attention_mask" not in batch, "it would let packed documents see each other in transformers' models"
+    masked = PackedCollator(pad_token_id=9, mask_padding=True)(sorted(rows, key=lambda row: row["input_ids"][0]))
+    assert masked.pop("attention_mask").tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert all(torch.equal(masked[name], batch[name]) for name in batch)
     assert count_tokens(rows) == (5, 3)
 
 

@@ -216,6 +216,42 @@ def test_dpo_starts_at_ln_2_and_learns_the_preference(world, tuned) -> None:
     assert FILES <= {path.name for path in output.iterdir()}
 
 
+# `--cpu --num_processes 2` would silently start one process.
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+    "accelerate": (
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "launcher, stage",
+    [
+        ("torchrun", "lora"),
+        ("accelerate", "dpo"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("torchrun", "dpo"), ("accelerate", "lora")]),
+        *(pytest.param("accelerate", stage, marks=pytest.mark.slow) for stage in ("pretrain", "sft")),
+    ],
+)
+def test_every_stage_runs_on_two_processes_like_on_one(world, tuned, launcher, stage, tmp_path) -> None:
+    """Equal losses with the same global batch, which also shows that there are two processes."""
+    start = "--model_path" if stage == "dpo" else "--base_model"
+    length = "--block_size" if stage == "pretrain" else "--max_length"
+    program = {"sft": "train_full_sft.py"}.get(stage, f"train_{stage}.py")
+
+    def arguments(output: Path, batch_size: int) -> list[str]:
+        data = world / ("sft" if stage == "lora" else stage)
+        return f"""{program} --data_path {data} {start} {tuned} {length} 128 --max_steps 3 --logging_steps 1
+            --per_device_train_batch_size {batch_size} --weights_dtype fp32 --output_dir {output}""".split()
+
+    command(sys.executable, "-m", *LAUNCHERS[launcher], *arguments(tmp_path / "two", 2))
+    command(sys.executable, *arguments(tmp_path / "one", 4))
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), rel=1e-4)
+    assert len(metrics(tmp_path / "one")) == 3
+
+
 def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
     more = ["--weights_dtype", "bf16", "--rpo_alpha", "1.0", "--disable_tqdm", "true", "--max_eval_rows", "0"]
     train_dpo.main(dpo_arguments(world, tuned, tmp_path / "out", *more))
