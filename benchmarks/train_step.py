@@ -1,6 +1,6 @@
 """Training step of ours against transformers, litgpt and plain PyTorch: speed, memory, share of the matmul ceiling.
 
-  python -m benchmarks.train_step --case 135m --rounds 3 --steps 4
+  python -m benchmarks.train_step --case 135m --rounds 3
   python -m benchmarks.train_step --case gpu-135m --device cuda --peak 989e12
 
 A step is forward, backward, clipping to norm 1, AdamW. Sides, each in its own process, taking turns:
@@ -380,8 +380,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.parser(__doc__)
     options.add_argument("--case", default="135m", help=f"one of {', '.join(common.CASES)}")
     options.add_argument("--sides", help="comma-separated; default: those of the case")
-    options.add_argument("--steps", type=int, default=4, help="measured steps of a round (default 4)")
-    options.add_argument("--warmup", type=int, default=1, help="steps before them (default 1)")
+    options.add_argument("--steps", type=int, help="measured steps of a round (default: the case's)")
+    options.add_argument("--warmup", type=int, help="steps before them (default: the case's)")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--peak", type=float, help="bf16 FLOP/s of the device, for MFU (H100: 989e12)")
     args = options.parse_args(argv)
@@ -389,7 +389,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError("--device cuda: torch sees no GPU")
     case = common.named_case(args.case)
     names = args.sides.split(",") if args.sides else case.sides
-    report = compare(case, names, args.rounds, args.device, args.peak, steps=args.steps, warmup=args.warmup)
+    counts = {"steps": args.steps or case.steps, "warmup": case.warmup if args.warmup is None else args.warmup}
+    report = compare(case, names, args.rounds, args.device, args.peak, **counts)
     return common.emit({"benchmark": "train_step", "case": args.case, **report}, args.output)
 
 
