@@ -466,8 +466,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------
 
 
-# Training in bf16 on a CPU, "sdpa" means BlockAttention up to this length, in blocks of so many queries. Forward and
-# backward take 0.3 (T = 128), 0.45 (512) and 0.6 (1024) times as long as in torch's fused kernel.
+# In bf16 on a CPU, "sdpa" means BlockAttention for whole rows up to this length, in blocks of so many queries. It takes
+# 0.3 (T = 128), 0.45 (512) and 0.6 (1024) times as long as torch's fused kernel, forward and backward.
 CPU_BLOCK_LENGTH = 1024
 CPU_QUERY_BLOCK = 128
 
@@ -1028,8 +1028,8 @@ class SmolModel(SmolPreTrainedModel):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         short = 1 < T <= CPU_BLOCK_LENGTH and (mask is None or mask.shape[-1] == T)
-        training = torch.is_grad_enabled() and not (self.training and self.config.attention_dropout)
-        if implementation == "sdpa" and device == "cpu" and dtype == torch.bfloat16 and short and training:
+        dropout = self.training and self.config.attention_dropout
+        if implementation == "sdpa" and device == "cpu" and dtype == torch.bfloat16 and short and not dropout:
             attend = block_attention
             if mask is not None:
                 mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -138,7 +138,7 @@ def test_bf16_training_takes_the_blocks_and_equals_sdpa(kind, block, T, monkeypa
 
 
 def test_where_the_blocks_are_used(monkeypatch):
-    """Half precision, with gradients, a whole row of at most CPU_BLOCK_LENGTH tokens; never float32 or a cache."""
+    """Half precision, a whole row of at most CPU_BLOCK_LENGTH tokens; never float32, a cached past or dropout."""
     monkeypatch.setattr(smol_model, "CPU_BLOCK_LENGTH", 16)
     exact = build(num_hidden_layers=1)
     half, lengths = copy.deepcopy(exact).bfloat16(), spy(monkeypatch)
@@ -148,10 +148,12 @@ def test_where_the_blocks_are_used(monkeypatch):
     with torch.no_grad():
         cache = half(tokens(1, 8), use_cache=True).past_key_values
     half(tokens(1, 3), past_key_values=cache)
-    assert lengths == [16]
-    with torch.autocast("cpu", torch.bfloat16):
-        exact(tokens(1, 8))
     assert lengths == [16, 8]
+    with torch.autocast("cpu", torch.bfloat16):
+        exact(tokens(1, 5))
+    assert lengths == [16, 8, 5]
+    build(num_hidden_layers=1, attention_dropout=0.1).bfloat16()(tokens(1, 8))
+    assert lengths == [16, 8, 5]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
