@@ -3,7 +3,7 @@
 {"id": int | str, "conversations": [{"from": "human" | "gpt" | "system", "value": str}, …], "source": str,
 …}"""
 
-from smolkit.sources.base import RowContext, Source, as_messages, sft_record
+from smolkit.sources.base import Choice, RowContext, Source, as_messages, sft_record
 
 
 def convert(row: dict, context: RowContext) -> dict:
@@ -19,7 +19,8 @@ SOURCE = Source(
     part="sft",
     columns={"id": (int, str), "conversations": (list,), "source": (str,)},
     convert=convert,
-    train=("7M/*.parquet", "Gen/*.parquet"),
+    train=("{config}/*.parquet",),
+    choices={"config": Choice(("7M", "Gen"), ("3M", "7M", "7M_core", "7M_domains", "0625", "Gen"))},
     gated=True,
     licence="CC-BY-SA-4.0",
     size="7.4 + 1.4 million conversations",

@@ -6,7 +6,7 @@ from smolkit.sources.base import RowContext, Source, as_messages, sft_record
 
 
 def convert(row: dict, context: RowContext) -> dict:
-    identifier = f"smol-smoltalk-{context.path.split('/')[-1].split('.')[0]}-{context.index}"
+    identifier = f"smol-smoltalk-{context.stem}-{context.index}"
     return sft_record(row["source"] or "smol-smoltalk", identifier, as_messages(row["messages"]))
 
 
