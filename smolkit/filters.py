@@ -285,7 +285,9 @@ class Filters:
             "max_characters": max_characters,
             "quality": quality,
             "languages": sorted(languages),
-            "decontaminate": [f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in existing(decontaminate)],
+            "decontaminate": [
+                f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in existing(decontaminate)
+            ],
             "deduplicate": deduplicate,
             "near_threshold": near_threshold,
         }

@@ -341,9 +341,13 @@ def test_a_dataset_is_named_with_configuration_and_revision() -> None:
     train, held_out = selected.source.patterns(selected.chosen)
     assert train == ["data/apigen-80k/train-*.parquet", "data/longalign/train-*.parquet"] and len(held_out) == 2
     assert fineweb.SOURCE.patterns({})[0] == ["sample/10BT/*.parquet"]
-    industry = parse_dataset("industrycorpus2", {"industry": ["news_media"], "language": None, "quality": ["low", "high"]})
+    industry = parse_dataset(
+        "industrycorpus2", {"industry": ["news_media"], "language": None, "quality": ["low", "high"]}
+    )
     assert industry.source.patterns(industry.chosen)[0] == [
-        f"news_media/{language}/{quality}/*.parquet" for language in ("english", "chinese") for quality in ("low", "high")
+        f"news_media/{language}/{quality}/*.parquet"
+        for language in ("english", "chinese")
+        for quality in ("low", "high")
     ]
 
 
@@ -353,7 +357,10 @@ def test_a_dataset_is_named_with_configuration_and_revision() -> None:
         ("nonsense", "nonsense: unknown; known are .*smol-smoltalk"),
         ("ultrafeedback_binarized", "several .*HuggingFaceH4/ultrafeedback_binarized or trl-lib/"),
         ("smoltalk:other", "config other: unknown; known are all, apigen-80k"),
-        ("smollm-corpus:python-edu", "python-edu holds only file identifiers.* take cosmopedia-v2 or fineweb-edu-dedup"),
+        (
+            "smollm-corpus:python-edu",
+            "python-edu holds only file identifiers.* take cosmopedia-v2 or fineweb-edu-dedup",
+        ),
         ("gsm8k:main", "no configurations"),
         ("IndustryCorpus2", "quality best: unknown; known are high, middle, low"),
     ],

@@ -115,9 +115,7 @@ def sft_record(source: str, identifier: object, messages: list[dict], tools: lis
     return record | {"tools": tools} if tools else record
 
 
-def pair_record(
-    source: str, identifier: object, prompt: str | list[dict], chosen: str, rejected: str
-) -> dict:
+def pair_record(source: str, identifier: object, prompt: str | list[dict], chosen: str, rejected: str) -> dict:
     """A preference pair. Raises Rejected when nothing can be learned from it."""
     texts = (chosen, rejected, prompt if isinstance(prompt, str) else prompt[-1]["content"])
     if not all(text.strip() for text in texts):
@@ -127,9 +125,7 @@ def pair_record(
     return {"id": str(identifier), "source": source, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def pair_from_conversations(
-    source: str, identifier: object, chosen: list[dict], rejected: list[dict]
-) -> dict:
+def pair_from_conversations(source: str, identifier: object, chosen: list[dict], rejected: list[dict]) -> dict:
     """A pair given as two whole conversations that share everything but the last turn."""
     good, bad = as_messages(chosen), as_messages(rejected)
     if good[:-1] != bad[:-1]:

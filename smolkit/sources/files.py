@@ -2,11 +2,15 @@
 
 Every file is opened by `datasets` in streaming mode, so the hub's authentication, mirrors, retries and
 compression are its business and a local copy takes the same path. Each file is a stream of its own, because
-files of one dataset may have different columns. JSON Lines are streamed as text and parsed here, line by line:
+files of one dataset may have different columns. JSON is streamed as bytes and parsed here, row by row:
 `datasets`' own JSON builder gives up at the first malformed line and settles each column on one type (the
-string "7" comes back as a number). Only `hub_files` and reading what it returns touch the network."""
+string "7" comes back as a number), and its text builder forgets the encoding of remote and compressed files.
+Only `hub_files` and reading what it returns touch the network."""
 
+import codecs
 import fnmatch
+import functools
+import itertools
 import json
 import random
 import re
@@ -19,9 +23,9 @@ from smolkit.errors import UserError
 from smolkit.sources.base import Source
 
 BATCH_ROWS = 1000
-TEXT_CHUNK = 1 << 20  # characters that are read and cut into lines at a time
+CHUNK_BYTES = 1 << 20  # of a JSON file that are read at a time
 BETWEEN = re.compile(r"[\s,]*")  # what stands between two elements of a JSON array
-SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".json.gz")
+SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,10 @@ def read_rows(file: DataFile, start: int = 0) -> Iterator[tuple[int, dict | Unre
     """(index, row) from row `start` on of a .parquet, .jsonl or .json file (a JSON array), plain or compressed;
     a line that does not parse yields `Unreadable` in the row's place, a file that does not raises it. A lost
     connection raises UserError: that is no fault of the file."""
+    import datasets
     from huggingface_hub.errors import HTTPError
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back as exceptions too
     rows = _parquet_rows if file.path.endswith(".parquet") else _json_rows
     try:
         yield from rows(file, start)
@@ -164,46 +170,49 @@ def read_rows(file: DataFile, start: int = 0) -> Iterator[tuple[int, dict | Unre
         raise Unreadable(first_line(error)) from error
 
 
-def _stream(builder: str, file: DataFile, start: int, **options: object) -> Iterator[tuple[int, list]]:
-    """(index of the first row, rows as Python values) in batches, through `datasets`."""
+def _parquet_rows(file: DataFile, start: int) -> Iterator[tuple[int, dict]]:
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back as exceptions too
-    stream = datasets.load_dataset(builder, data_files=[file.url], split="train", streaming=True, **options)
+    stream = datasets.load_dataset(
+        "parquet", data_files=[file.url], split="train", streaming=True, batch_size=BATCH_ROWS
+    )
     index = 0
     for table in stream.with_format("arrow").iter(batch_size=BATCH_ROWS):
         if index + len(table) > start:  # whole batches before `start` are never turned into Python objects
             skipped = max(0, start - index)
-            yield index + skipped, table.slice(skipped).to_pylist()
+            yield from enumerate(table.slice(skipped).to_pylist(), index + skipped)
         index += len(table)
 
 
-def _parquet_rows(file: DataFile, start: int) -> Iterator[tuple[int, dict]]:
-    for first, rows in _stream("parquet", file, start, batch_size=BATCH_ROWS):
-        yield from enumerate(rows, first)
-
-
-def _lines(file: DataFile, start: int) -> Iterator[tuple[int, bytes]]:
-    # Latin-1 maps every byte to one character and back, so a broken UTF-8 line spoils itself only.
-    for first, rows in _stream("text", file, start, encoding="latin-1", chunksize=TEXT_CHUNK):
-        for index, row in enumerate(rows, first):
-            yield index, row["text"].encode("latin-1")
-
-
 def _json_rows(file: DataFile, start: int) -> Iterator[tuple[int, dict | Unreadable]]:
-    lines = _lines(file, 0 if ".json" in file.path and ".jsonl" not in file.path else start)
-    for index, line in lines:
-        if index == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        if index == 0 and line.lstrip().startswith(b"[") and ".jsonl" not in file.path:
-            for number, value in enumerate(_array_values(line, lines)):
-                if number >= start:
-                    yield number, value if isinstance(value, dict) else Unreadable("not a JSON object")
-            return
-        if index >= start:
+    import datasets
+    from datasets.utils.file_utils import xopen  # as `datasets` opens files: compression, hub, retries
+
+    with xopen(datasets.StreamingDownloadManager().extract(file.url), "rb") as stream:
+        chunks = iter(functools.partial(stream.read, CHUNK_BYTES), b"")
+        first = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+        is_array = ".jsonl" not in file.path and first.lstrip().startswith(b"[")
+        read = _array_rows if is_array else _line_rows
+        yield from read(itertools.chain([first], chunks), start)
+
+
+def _line_rows(chunks: Iterator[bytes], start: int) -> Iterator[tuple[int, dict | Unreadable]]:
+    for index, line in enumerate(_lines(chunks)):
+        if index >= start and line.strip():
             yield index, _parse(line)
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their ends, cut at "\\n" only: texts hold other characters that Python takes for line ends."""
+    pieces: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        pieces.append(first)
+        if others:
+            yield b"".join(pieces)
+            yield from others[:-1]
+            pieces = [others[-1]]
+    yield b"".join(pieces)
 
 
 def _parse(line: bytes) -> dict | Unreadable:
@@ -214,9 +223,15 @@ def _parse(line: bytes) -> dict | Unreadable:
     return row if isinstance(row, dict) else Unreadable("not a JSON object")
 
 
-def _array_values(first: bytes, lines: Iterator[tuple[int, bytes]]) -> Iterator[object]:
-    """The elements of a JSON array, one after the other: memory holds one element and the lines it came in."""
-    decoder, text, at, exhausted = json.JSONDecoder(), first.decode("utf-8").lstrip(), 1, False
+def _array_rows(chunks: Iterator[bytes], start: int) -> Iterator[tuple[int, dict | Unreadable]]:
+    for index, value in enumerate(_array_values(codecs.iterdecode(chunks, "utf-8"))):
+        if index >= start:
+            yield index, value if isinstance(value, dict) else Unreadable("not a JSON object")
+
+
+def _array_values(chunks: Iterator[str]) -> Iterator[object]:
+    """The elements of a JSON array, one after the other: memory holds one element and the chunks it came in."""
+    decoder, text, at, exhausted = json.JSONDecoder(), next(chunks).lstrip(), 1, False
     while True:
         at = BETWEEN.match(text, at).end()
         if text.startswith("]", at):
@@ -226,14 +241,14 @@ def _array_values(first: bytes, lines: Iterator[tuple[int, bytes]]) -> Iterator[
         except ValueError:
             if exhausted:
                 raise ValueError("the JSON array is malformed or cut off") from None
-            # Incomplete so far: at least double the rest, so that a long element is not parsed line by line.
-            parts, size = [text[at:]], 0
-            while size <= len(parts[0]) and not exhausted:
-                line = next(lines, None)
-                exhausted = line is None
-                parts.append("" if line is None else line[1].decode("utf-8"))
-                size += len(parts[-1])
-            text, at = "\n".join(parts), 0
+            # Incomplete so far: at least double the rest, so that a long element is not parsed chunk by chunk.
+            pieces, size = [text[at:]], 0
+            while size <= len(pieces[0]) and not exhausted:
+                piece = next(chunks, None)
+                exhausted = piece is None
+                pieces.append(piece or "")
+                size += len(pieces[-1])
+            text, at = "".join(pieces), 0
         else:
             yield value
 

@@ -9,9 +9,7 @@ from smolkit.sources.base import Choice, RowContext, Source, as_messages, sft_re
 def convert(row: dict, context: RowContext) -> dict:
     messages = as_messages(row["conversations"], role="from", content="value")
     release = context.path.split("/")[-2]
-    return sft_record(
-        row["source"] or "Infinity-Instruct", f"infinity-instruct-{release}-{row['id']}", messages
-    )
+    return sft_record(row["source"] or "Infinity-Instruct", f"infinity-instruct-{release}-{row['id']}", messages)
 
 
 SOURCE = Source(

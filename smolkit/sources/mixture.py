@@ -148,7 +148,7 @@ def prepare_mixture(
         own = parts[share.dataset] = folder / ".sources" / slug(share.dataset)
         report = write_part(part, [data], own, settings, filters, restart, after)
         after = f"{after} {share.dataset}".strip()
-        reports |= {share.dataset: value for value in report["sources"].values()}
+        reports[share.dataset] = report["sources"][data.source.repo]
     by_bytes, name = part == "pretrain", f"{part}_data.jsonl"
     paths = {dataset: own / name for dataset, own in parts.items()}
     sizes = {dataset: path.stat().st_size if by_bytes else _rows(path) for dataset, path in paths.items()}

@@ -9,6 +9,7 @@ off."""
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,9 @@ SPREAD_FILES = 8  # a limited run takes its records from up to this many files, 
 BYTES_PER_TOKEN = 4  # the estimate behind `max_tokens`: English under a large vocabulary, UTF-8 Chinese likewise
 CHECKPOINT_BYTES = 32 << 20  # of output between two checkpoints
 PLACES = 3  # of each reason that the report names
+MOST_REASONS = 50  # of one source that are told apart: some carry a value of the row, such as an unknown role
 REPORT = "prepare_report.json"
+ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 PROGRESS = ".prepare_progress.json"
 
 
@@ -71,6 +74,8 @@ class Tally:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def drop(self, reason: str, place: str) -> None:
+        if reason not in self.dropped and len(self.dropped) >= MOST_REASONS:
+            reason = "other reasons"
         self.dropped[reason] += 1
         if len(places := self.places.setdefault(reason, [])) < PLACES:
             places.append(place)
@@ -91,18 +96,26 @@ class Stream:
         self.data, self.settings, self.judge = data, settings, judge
         training = spread([f for f in data.files if not f.held_out], settings.seed)
         self.files = training + [f for f in data.files if f.held_out]
-        records = data.limits.records
-        self.per_file = records and -(-records // max(1, min(SPREAD_FILES, len(training))))
+        self.share = self.share_of_a_file(training)
         self.tally = Tally()
-        # The file under way, its next row, its records so far, and whether its columns were checked.
-        self.file, self.row, self.taken, self.checked = 0, 0, 0, False
+        # The file under way, its next row, what was written when it began, and whether its columns were checked.
+        self.file, self.row, self.before, self.checked = 0, 0, (0, 0), False
+
+    def share_of_a_file(self, training: Sequence[DataFile]) -> tuple[float, float]:
+        """(records, bytes of text) that a limited run takes from one file, so that it covers several of them;
+        a budget of tokens covers every folder (language, topic) that there is."""
+        limits, folders = self.data.limits, {file.path.rpartition("/")[0] for file in training}
+        most_files = max(1, min(SPREAD_FILES, len(training)))
+        records = math.ceil(limits.records / most_files) if limits.records else math.inf
+        text_bytes = limits.tokens * BYTES_PER_TOKEN / max(1, len(folders)) if limits.tokens else math.inf
+        return records, text_bytes
 
     def state(self) -> dict:
-        position = {"file": self.file, "row": self.row, "taken": self.taken, "checked": self.checked}
-        return position | {"tally": asdict(self.tally)}
+        position = {"file": self.file, "row": self.row, "before": self.before, "checked": self.checked}
+        return position | {"tally": vars(self.tally)}
 
     def restore(self, state: dict) -> None:
-        self.file, self.row, self.taken = state["file"], state["row"], state["taken"]
+        self.file, self.row, self.before = state["file"], state["row"], tuple(state["before"])
         self.checked = state["checked"]
         self.tally = Tally(**state["tally"] | {"dropped": Counter(state["tally"]["dropped"])})
 
@@ -113,17 +126,21 @@ class Stream:
             or (limits.tokens and tally.text_bytes >= limits.tokens * BYTES_PER_TOKEN)
         )
 
+    def enough_of_file(self) -> bool:
+        written, text_bytes = self.tally.written - self.before[0], self.tally.text_bytes - self.before[1]
+        return written >= self.share[0] or text_bytes >= self.share[1] or self.enough()
+
     def __iter__(self) -> Iterator[tuple[dict, bytes, bool]]:
         """(record, its line of JSON, held out by the publisher) of every usable row; the rest is counted by
         reason."""
         while self.file < len(self.files) and not self.enough():
             file = self.files[self.file]
-            file_is_done = self.per_file and self.taken >= self.per_file
-            for record, line in () if file_is_done else self.usable_rows(file):
+            for record, line in () if self.enough_of_file() else self.usable_rows(file):
                 yield record, line, file.held_out
-                if (self.per_file and self.taken >= self.per_file) or self.enough():
+                if self.enough_of_file():
                     break
-            self.file, self.row, self.taken, self.checked = self.file + 1, 0, 0, False
+            self.file, self.row, self.checked = self.file + 1, 0, False
+            self.before = (self.tally.written, self.tally.text_bytes)
 
     def usable_rows(self, file: DataFile) -> Iterator[tuple[dict, bytes]]:
         try:
@@ -131,7 +148,7 @@ class Stream:
                 self.row = index + 1
                 self.tally.read += 1
                 if isinstance(row, Unreadable):
-                    self.tally.drop(str(row), f"{file.path}:{index}")
+                    self.tally.drop(str(row), f"{file.path}:{self.row}")
                     continue
                 if not self.checked:
                     check_columns(self.data.source, file, row)
@@ -139,10 +156,9 @@ class Stream:
                 try:
                     usable = self.convert(file, index, row)
                 except Rejected as reason:
-                    self.tally.drop(str(reason), f"{file.path}:{index}")
+                    self.tally.drop(str(reason), f"{file.path}:{self.row}")
                     continue
                 self.tally.written += 1
-                self.taken += 1
                 self.tally.text_bytes += len(usable[0].get("text", "").encode())
                 yield usable
         except Unreadable as error:
@@ -153,7 +169,7 @@ class Stream:
         context = RowContext(file.path, index, self.settings.seed, self.settings.thoughts)
         try:
             record = self.data.source.convert(row, context)
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            line = ENCODE(record).encode() + b"\n"
         except UnicodeEncodeError:
             raise Rejected("text with an unpaired surrogate") from None
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -298,7 +314,9 @@ def already_written(folder: Path, fingerprint: dict) -> bool:
         return False
     found = json.loads(report.read_text("utf-8"))
     files = found.get("files", {})
-    same_sizes = all((folder / name).exists() and (folder / name).stat().st_size == f["bytes"] for name, f in files.items())
+    same_sizes = all(
+        (folder / name).exists() and (folder / name).stat().st_size == f["bytes"] for name, f in files.items()
+    )
     return found.get("settings") == fingerprint and same_sizes
 
 
@@ -325,8 +343,8 @@ def write_part(
             for record in records_of(writer.finals.values()):
                 filters.remember(record)
             return json.loads((folder / REPORT).read_text("utf-8")) | {"already": True}
+        prompts = continue_run(writer, streams, filters, part)
         try:
-            prompts = continue_run(writer, streams, filters, part)
             for stream in streams:
                 write_stream(part, stream, streams, writer, prompts)
             if not writer.rows["train"]:
@@ -344,9 +362,7 @@ def write_part(
     return report
 
 
-def write_stream(
-    part: str, stream: Stream, streams: Sequence[Stream], writer: Writer, prompts: HashSet | None
-) -> None:
+def write_stream(part: str, stream: Stream, streams: Sequence[Stream], writer: Writer, prompts: HashSet | None) -> None:
     """Write what is left of one source, with a progress bar and checkpoints of all of them."""
     name, total, done = stream.data.source.name, stream.data.limits.records, stream.tally.written
     rows = tqdm(stream, f"{part}: {name}", total, unit=" rows", mininterval=1, initial=done)

@@ -83,5 +83,7 @@ def on_disk(wanted: Selected, root: Path) -> list[DataFile]:
         patterns = expected(wanted.source, wanted.chosen)
         raise UserError(f"{folder or root / wanted.source.name}: no files of {wanted.source.repo}; expected {patterns}")
     if folder and not files:
-        print(f"{folder}: no files of {wanted.source.repo} (expected {expected(wanted.source, wanted.chosen)}), left out")
+        print(
+            f"{folder}: no files of {wanted.source.repo} (expected {expected(wanted.source, wanted.chosen)}), left out"
+        )
     return files

@@ -8,9 +8,7 @@ from smolkit.sources.base import RowContext, Source, pair_from_conversations, re
 
 def convert(row: dict, context: RowContext) -> dict:
     refuse_tied(row["score_chosen"], row["score_rejected"])
-    return pair_from_conversations(
-        "ultrafeedback_binarized", row["prompt_id"], row["chosen"], row["rejected"]
-    )
+    return pair_from_conversations("ultrafeedback_binarized", row["prompt_id"], row["chosen"], row["rejected"])
 
 
 SOURCE = Source(
