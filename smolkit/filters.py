@@ -8,7 +8,6 @@ Words are runs of letters and digits; a Chinese, Japanese or Korean character is
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -95,51 +94,56 @@ class Length(Filter):
         return f"length: above {self.most} characters" if self.most is not None and size > self.most else None
 
 
-class Quality(Filter):
-    """Rules for web text after Gopher (Rae et al. 2021, appendix A.1), with their thresholds. The word lengths
-    and stop words of the paper are English; texts with many Chinese, Japanese or Korean characters skip those
-    two rules."""
+class Words:
+    """How a text falls into words, for datatrove's steps, in place of its `WordTokenizer` (one library for each
+    language). Signs are no words, as in the paper, where a word is what stands between spaces."""
 
-    STOP_WORDS = frozenset("the be to of and that have with".split())
+    def word_tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text)
+
+
+class Quality(Filter):
+    """The rules for web text of Gopher (Rae et al. 2021, appendix A.1) as datatrove has them, with its thresholds,
+    except the number of words (see `Length`). They are about English (stop words) and about words (lengths, repeated
+    n-grams); a text in which 30 % of the words are single Chinese, Japanese or Korean characters is only judged
+    by the other rules."""
+
+    def __init__(self) -> None:
+        try:
+            from datatrove.data import Document
+            from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+            from datatrove.utils.word_tokenizers import WordTokenizer
+        except ImportError:
+            raise UserError("--quality_rules needs datatrove: pip install -r requirements-datatrove.txt") from None
+        WordTokenizer.register(Words)
+        self.document = Document
+        rules = {"language": Words(), "min_doc_words": None, "max_doc_words": None}
+        characters = {"min_avg_word_length": None, "max_avg_word_length": None, "min_stop_words": None}
+        self.of_words = [GopherQualityFilter(**rules), GopherRepetitionFilter(language=Words())]
+        self.of_characters = [
+            GopherQualityFilter(**rules, **characters),
+            GopherRepetitionFilter(language=Words(), top_n_grams=(), dup_n_grams=()),
+        ]
 
     def judge(self, record: dict) -> str | None:
         text = text_of(record)
-        words, lines = words_of(text), [line.strip() for line in text.splitlines() if line.strip()]
-        reason = self.of_words(words, len(CJK.findall(text))) or self.of_lines(lines)
-        return f"quality: {reason}" if reason else None
-
-    def of_words(self, words: list[str], cjk: int) -> str | None:
+        words = len(words_of(text))
         if not words:
-            return "no words"
-        if sum(any(c.isalpha() for c in word) for word in words) < 0.8 * len(words):
-            return "fewer than 80 % of the words have a letter"
-        if cjk <= 0.3 * len(words):
-            mean = sum(map(len, words)) / len(words)
-            if not 3 <= mean <= 10:
-                return "mean word length outside 3 to 10"
-            if len(words) >= 50 and len(self.STOP_WORDS.intersection(words)) < 2:
-                return "fewer than two English stop words"
-        pairs = Counter(zip(words, words[1:], strict=False))
-        if len(words) >= 50 and max(pairs.values()) > 0.2 * len(words):
-            return "one pair of words makes up more than 20 % of the text"
-        return None
-
-    def of_lines(self, lines: list[str]) -> str | None:
-        if len(lines) < 4:
-            return None
-        if sum(line.startswith(("•", "-", "*")) for line in lines) > 0.9 * len(lines):
-            return "more than 90 % of the lines are bullet points"
-        if sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
-            return "more than 30 % of the lines end with an ellipsis"
-        if len(lines) - len(set(lines)) > 0.3 * len(lines):
-            return "more than 30 % of the lines are repeated"
+            return "quality: no words"
+        document = self.document(text=text, id="")
+        for rule in self.of_characters if len(CJK.findall(text)) > 0.3 * words else self.of_words:
+            kept = rule.filter(document)
+            if kept is not True:
+                return f"quality: {kept[1]}"
         return None
 
 
 class Language(Filter):
     """Records that are, with a probability above 1 - `threshold`, in none of `languages` (ISO 639-1 codes), by
-    py3langid (Lui and Baldwin 2012); its model comes with the package. Short texts are rarely that certain and
-    stay."""
+    py3langid (Lui and Baldwin 2012); its model comes with the package. Texts of fewer than 20 characters stay: it
+    is sure of their language, and wrong."""
+
+    SHORTEST = 20
 
     def __init__(self, languages: Iterable[str], threshold: float = 0.2) -> None:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -149,10 +153,13 @@ class Language(Filter):
         unknown = self.languages - set(self.identifier.labels)
         if unknown:
             known = " ".join(sorted(self.identifier.labels))
-            raise UserError(f"--languages {' '.join(sorted(unknown))}: unknown; known are {known}")
+            raise UserError(f"--keep_languages {' '.join(sorted(unknown))}: unknown; known are {known}")
 
     def judge(self, record: dict) -> str | None:
-        ranked = self.identifier.rank(text_of(record)[:LANGUAGE_CHARACTERS])
+        text = text_of(record)[:LANGUAGE_CHARACTERS]
+        if len(text) < self.SHORTEST:
+            return None
+        ranked = self.identifier.rank(text)
         wanted = sum(probability for language, probability in ranked if language in self.languages)
         return f"language: {ranked[0][0]}" if wanted < self.threshold else None
 
@@ -175,6 +182,8 @@ class Decontamination(Filter):
                     self.grams.setdefault(gram, path.name)
             if len(self.grams) == before:
                 raise UserError(f"{path}: no text of {SHORTEST_GRAM} words or more to look for")
+        if self.ignored:
+            print(f"{self.ignored} evaluation texts of fewer than {SHORTEST_GRAM} words are not looked for")
         self.sizes = sorted({gram.count(" ") + 1 for gram in self.grams}, reverse=True)
 
     def judge(self, record: dict) -> str | None:
@@ -293,8 +302,8 @@ class Filters:
         }
         chain: list[tuple[object, type[Filter], tuple]] = [
             (min_characters or max_characters, Length, (min_characters, max_characters)),
-            (quality, Quality, ()),
             (languages, Language, (languages,)),
+            (quality, Quality, ()),
             (decontaminate, Decontamination, (decontaminate,)),
             (deduplicate != "none", ExactDuplicates, ()),
             (deduplicate == "near", NearDuplicates, (near_threshold,)),

@@ -17,6 +17,7 @@ SOURCE = Source(
     convert=convert,
     train=("data/train-*.parquet",),
     held_out=("data/test-*.parquet",),
+    revision="f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
     default=True,
     licence="Apache-2.0",
     size="460,341 + 24,229 conversations",
