@@ -11,6 +11,7 @@ deepspeed. Running the same command again continues an interrupted run.
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from smolkit.checkpoints import (
     resolve_model,
     row_length,
 )
-from smolkit.doctor import RECORD_SUFFIXES, read_dpo
+from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.errors import UserError, run
-from smolkit.packing import render_preferences
+from smolkit.packing import LengthGroupedOrder, pair_lengths, preference_pairs
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
+from smolkit.shards import tokenized
 from smolkit.training import TrainerMixin, finish
 
 # Comparison of policy and reference before step 1, in nats per answer. Both see the same batches, so that even bf16
@@ -49,6 +51,14 @@ class PreferenceTrainer(TrainerMixin, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def get_train_dataloader(self) -> DataLoader:
+        """With --train_sampling_strategy group_by_length, steps of pairs of similar length: less padding."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super().get_train_dataloader()
+        batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        order = LengthGroupedOrder(pair_lengths(self.train_dataset), self.order_seed(), batch_size)
+        return self.ordered_dataloader(self.train_dataset, order)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probabilities as two more columns; TRL's cache file is private to each process."""
@@ -124,10 +134,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if job.finished:
         return
 
-    pairs, dropped = render_preferences(read_dpo(job.files), tokenizer, max_length)
+    tokenise = partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc)
+    pairs, dropped = preference_pairs(tokenise, job.files, max_length)
     eval_pairs = None
     if job.eval_files:
-        eval_pairs, _ = render_preferences(read_dpo(job.eval_files), tokenizer, max_length)
+        eval_pairs, _ = preference_pairs(tokenise, job.eval_files, max_length)
         eval_pairs = eval_pairs.select(range(min(stage.max_eval_rows, len(eval_pairs))))
     weights = args.loss_weights or [1.0] * len(args.loss_type)
     loss = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, args.loss_type, strict=True))

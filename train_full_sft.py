@@ -10,6 +10,7 @@ launch and deepspeed; running the same command again continues an interrupted ru
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from trl import SFTTrainer
@@ -28,6 +29,7 @@ from smolkit.errors import run
 from smolkit.packing import PackedCollator, pack_conversations
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
+from smolkit.shards import tokenized
 from smolkit.training import TokenLossMixin, TrainerMixin, finish
 
 
@@ -46,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if job.finished:
         return
 
+    tokenise = partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc)
     rows = pack_conversations(
-        job.files, job.eval_files, tokenizer, max_length, args.seed, args.packing, stage.max_eval_rows
+        tokenise, job.files, job.eval_files, max_length, args.seed, args.packing, stage.max_eval_rows
     )
     args.packing = False  # from here on it would mean TRL's packing, of rows that are packed already
     job.announce(

@@ -3,21 +3,19 @@
   python train_pretrain.py --data_path data/pretrain/pretrain_data.jsonl --tokenizer_path tokenizer \\
       --model_size tiny --num_epochs 1 --output_dir output/pretrain
 
-Takes .jsonl ({"text": ...}), .txt and .parquet files, directories and globs. Documents are packed into rows
-of --block_size tokens and never attend to each other. Writes a complete Hugging Face directory, metrics.jsonl
-and timing.jsonl to --output_dir. Runs under python, torchrun, accelerate launch and deepspeed; running the
-same command again continues an interrupted run.
+Takes .jsonl ({"text": ...}), .txt and .parquet files, directories and globs, and keeps their token ids for later
+runs (--data_cache_dir). Documents are packed into rows of --block_size tokens and never attend to each other.
+Writes a complete Hugging Face directory, metrics.jsonl and timing.jsonl to --output_dir. Runs under python,
+torchrun, accelerate launch and deepspeed; running the same command again continues an interrupted run.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import Trainer
 
 from smolkit.arguments import NewModelArguments, PretrainArguments, PretrainTrainingArguments, parse
-from smolkit.chat import encode_texts
 from smolkit.checkpoints import (
     attention_kernel,
     build_model,
@@ -27,25 +25,17 @@ from smolkit.checkpoints import (
     resolve_model,
     row_length,
 )
-from smolkit.doctor import PRETRAIN_SUFFIXES, read_pretrain
+from smolkit.doctor import PRETRAIN_SUFFIXES
 from smolkit.errors import run
-from smolkit.packing import PackedCollator, count_tokens, pack_blocks, tokenize_documents
+from smolkit.packing import PackedCollator, pack_texts
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
+from smolkit.shards import tokenized
 from smolkit.training import TokenLossMixin, TrainerMixin, finish
 
 
 class PretrainTrainer(TokenLossMixin, TrainerMixin, Trainer):
     """`transformers.Trainer` with this toolkit's loss, masters and checkpoints."""
-
-
-def text_rows(files: list[Path], tokenizer: PreTrainedTokenizerFast, block_size: int, seed: int) -> tuple[Dataset, str]:
-    """Packed rows of the texts in `files`, and one line about them."""
-    texts = (row["text"] for row in read_pretrain(files))
-    documents = list(tokenize_documents(texts, partial(encode_texts, tokenizer), document_end_id(tokenizer)))
-    rows = pack_blocks(documents, block_size, seed)
-    tokens, _ = count_tokens(rows)
-    return rows, f"{len(documents):,} documents, {tokens:,} tokens in {len(rows):,} rows of {block_size}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,17 +49,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if job.finished:
         return
 
-    rows, summary = text_rows(job.files, tokenizer, block_size, args.seed)
-    eval_rows = None
-    if job.eval_files:
-        eval_rows, _ = text_rows(job.eval_files, tokenizer, block_size, args.seed)
-        eval_rows = eval_rows.select(range(min(stage.max_eval_rows, len(eval_rows))))
+    rows = pack_texts(
+        partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc),
+        job.files,
+        job.eval_files,
+        document_end_id(tokenizer),
+        block_size,
+        args.seed,
+        stage.packing_strategy,
+        stage.max_eval_rows,
+    )
     job.announce(
         {
             "model": describe_model(config),
             "weights": f"{stage.base_model or 'random'}, trained in {job.dtype}",
-            "data": summary,
-            "validation": f"{len(eval_rows):,} rows" if eval_rows else "none",
+            "data": rows.summary,
+            "validation": f"{len(rows.evaluation):,} rows" if rows.evaluation else "none",
             "output": job.where(),
         }
     )
@@ -81,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = PretrainTrainer(
         model=model,
         args=args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
+        train_dataset=rows.train,
+        eval_dataset=rows.evaluation,
         data_collator=PackedCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    facts = {"pretrained on": summary, "steps": trainer.state.global_step}
-    if eval_rows:
+    facts = {"pretrained on": rows.summary, "steps": trainer.state.global_step}
+    if rows.evaluation:
         facts["validation loss"] = f"{trainer.evaluate()['eval_loss']:.4f} nats per token"
     finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))
 

@@ -54,9 +54,9 @@ SFT=(python train_full_sft.py --data_path "$DATA/sft/sft_data.jsonl" --tokenizer
   --max_length 512 --per_device_train_batch_size 2 --num_epochs "$SFT_EPOCHS" --learning_rate "$SFT_RATE"
   --lr_scheduler_type cosine --warmup_steps 20 --adam_beta2 0.98 --adam_epsilon 1e-4)
 stage pretrain python train_pretrain.py --data_path "$DATA/pretrain/pretrain_data.jsonl" \
-  --tokenizer_path "$OUT/tokenizer" --model_size "$MODEL" --block_size 128 --per_device_train_batch_size 4 \
-  --max_steps 2200 --learning_rate 4e-3 --lr_scheduler_type cosine --warmup_steps 50 --adam_beta2 0.98 \
-  --adam_epsilon 1e-5 --output_dir "$OUT/pretrain"
+  --tokenizer_path "$OUT/tokenizer" --model_size "$MODEL" --block_size 128 --packing_strategy blocks \
+  --per_device_train_batch_size 4 --max_steps 2200 --learning_rate 4e-3 --lr_scheduler_type cosine \
+  --warmup_steps 50 --adam_beta2 0.98 --adam_epsilon 1e-5 --output_dir "$OUT/pretrain"
 # the control: the same conversations without the pretraining must not answer the exam
 [ "$MODEL" != tiny ] || beside control "${SFT[@]}" --init_from_scratch --model_size "$MODEL" --output_dir "$OUT/control"
 stage sft "${SFT[@]}" --base_model "$OUT/pretrain" --output_dir "$OUT/sft"

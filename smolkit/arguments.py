@@ -27,6 +27,7 @@ COMMON_FLAGS = """
     adam_beta1 adam_beta2 max_grad_norm per_device_train_batch_size gradient_accumulation_steps
     gradient_checkpointing bf16 fp16 use_cpu logging_steps eval_strategy eval_steps save_strategy
     save_steps save_total_limit report_to seed deepspeed fsdp dataloader_num_workers max_length packing
+    train_sampling_strategy
     beta loss_type loss_weights label_smoothing precompute_ref_log_probs disable_dropout
 """.split()
 
@@ -71,6 +72,12 @@ class StageArguments:
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = option(
         "auto", "Attention kernel; auto lets the model choose."
     )
+    data_cache_dir: str | None = option(
+        None,
+        "Where data is kept as token ids for later runs. Default: $SMOLLM_CACHE, else smollm in the user's cache "
+        "directory. Such a directory of tokens (with its manifest.json) can itself be named in --data_path.",
+    )
+    num_proc: int = option(1, "Processes that turn the data into token ids. The result does not depend on it.")
     resume: Literal["auto", "never"] = option(
         "auto",
         "auto: continue an interrupted run from its last checkpoint; a finished run says so and exits 0; "
@@ -86,6 +93,8 @@ class StageArguments:
             raise UserError("--data_path is required: files, directories or globs with the training data")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads {self.threads} must be at least 1")
+        if self.num_proc < 1:
+            raise UserError(f"--num_proc {self.num_proc} must be at least 1")
         if self.max_eval_rows < 0:
             raise UserError(f"--max_eval_rows {self.max_eval_rows} must not be negative")
 
@@ -140,6 +149,11 @@ class PretrainArguments(StageArguments):
         None,
         "Tokens per row; documents are packed into rows and never see each other. Default: 512, or the "
         "model's context if that is shorter.",
+    )
+    packing_strategy: Literal["best_fit", "blocks"] = option(
+        "best_fit",
+        "best_fit places whole documents and splits only those longer than a row; blocks concatenates all documents "
+        "and cuts, which leaves no padding and splits more of them.",
     )
 
     def validate(self) -> None:

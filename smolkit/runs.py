@@ -22,6 +22,7 @@ from smolkit.doctor import expand_paths, validation_path
 from smolkit.errors import UserError
 from smolkit.files import write_json
 from smolkit.runtime import compute_dtype
+from smolkit.shards import token_store
 
 SETTINGS_FILE = "run_settings.json"  # what the run was started with; changed settings are refused
 COMPLETE_FILE = "training_complete.json"  # written last; its presence means the directory is final
@@ -83,12 +84,13 @@ def open_job(
     on. Raises `UserError` for missing data, contradicting flags, and an output directory that is taken.
     """
     dtype = weights_dtype(stage.weights_dtype, args)
-    files = expand_paths(stage.data_path, suffixes)
+    files = token_store(stage.data_path) or expand_paths(stage.data_path, suffixes)
     eval_files: list[Path] = []
     if stage.max_eval_rows:
         twins = (validation_path(path) for path in files)
         found = [path for path in dict.fromkeys(twins) if path is not None]
-        eval_files = expand_paths(stage.eval_data_path, suffixes) if stage.eval_data_path else found
+        named = stage.eval_data_path
+        eval_files = token_store(named) or expand_paths(named, suffixes) if named else found
     inputs = dict.fromkeys(str(path) for path in (*files, *models) if path is not None)
     settings = run_settings(stage, args, inputs, weights=str(dtype), **more)
     finished, checkpoint = find_start(args, settings, stage.resume)
@@ -124,15 +126,15 @@ def run_settings(
 ) -> dict[str, Any]:
     """What determines the result of a run: arguments that matter, and a fingerprint of every input file."""
     ignored = """
-        config max_eval_rows resume threads save_dtype merge merged_dir output_dir eval_data_path
-        attn_implementation
+        config max_eval_rows resume threads data_cache_dir num_proc save_dtype merge merged_dir output_dir
+        eval_data_path attn_implementation
     """.split()
     kept = """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1
         adam_beta2 adam_epsilon max_grad_norm per_device_train_batch_size
         gradient_accumulation_steps max_steps num_train_epochs seed data_seed optim bf16 fp16
         label_smoothing_factor max_length packing beta loss_type loss_weights label_smoothing
-        f_divergence_type world_size
+        f_divergence_type train_sampling_strategy world_size
     """.split()
     settings = {name: value for name, value in asdict(stage).items() if name not in ignored}
     values = {name: getattr(args, name) for name in kept if hasattr(args, name)}

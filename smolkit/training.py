@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -25,7 +25,7 @@ from smolkit.checkpoints import save_final
 from smolkit.errors import UserError
 from smolkit.files import write_json
 from smolkit.optimizer import MasterAdamW
-from smolkit.packing import IGNORE
+from smolkit.packing import IGNORE, SeededOrder, blank_row
 from smolkit.runs import complete
 
 # --- trainers -----------------------------------------------------------------------------------------------
@@ -82,6 +82,19 @@ class TrainerMixin:
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | float:
         masters = self.master_optimizer()
         return masters.clip_grad_norm(self.args.max_grad_norm) if masters else super()._clip_grad_norm(model)
+
+    # data
+
+    def order_seed(self) -> int:
+        """What the order of the rows depends on, beside the epoch."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def ordered_dataloader(self, dataset: Any, order: SeededOrder) -> DataLoader:
+        """The library's training loader with an order of ours, which learns the epoch in a resumed one, too."""
+        batch_size = self._train_batch_size
+        loader = self._get_dataloader(dataset, "Training", batch_size, lambda _: order, is_training=True)
+        loader.set_sampler(order)  # where accelerate looks for it when batches are skipped
+        return loader
 
     # steps
 
@@ -205,6 +218,15 @@ class TokenLossMixin:
         loss, outputs = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, True, num_items_in_batch)
         self.observe_router(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The library's, but rows that do not divide among the processes are filled up with blank ones."""
+        if self.accelerator.num_processes == 1 or self.args.train_sampling_strategy != "random":
+            return super().get_train_dataloader()
+        batch_size = self.accelerator.num_processes * self._train_batch_size
+        order = SeededOrder(len(self.train_dataset), self.order_seed(), batch_size)
+        blank = [blank_row(self.processing_class.pad_token_id)]
+        return self.ordered_dataloader(ConcatDataset([self.train_dataset, blank]), order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every `world_size`-th row on each process; a process that runs out gets a row without labels."""

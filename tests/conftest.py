@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Token ids of test data are kept apart from the user's, and are gone after the session.
+_cache = tempfile.TemporaryDirectory(prefix="smollm-tests-")
+os.environ["SMOLLM_CACHE"] = _cache.name
 
 ROOT = Path(__file__).resolve().parent.parent
 

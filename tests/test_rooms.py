@@ -20,6 +20,7 @@ FORBIDDEN = {
     "smolkit/report.py": {"torch", "transformers"},
     "smolkit/doctor.py": {"torch"},
     "smolkit/packing.py": {"smol_model"},
+    "smolkit/shards.py": {"smol_model", "torch"},
 }
 
 

@@ -17,6 +17,7 @@ from smolkit.checkpoints import load_tokenizer
 from smolkit.errors import UserError
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import PackedCollator, pack_blocks
+from smolkit.shards import TokenStore
 from smolkit.training import final_weights
 
 SHAPE = "hidden_size=32 intermediate_size=64 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1"
@@ -129,7 +130,7 @@ def trainer_for(world: Path, tmp_path: Path, dtype: torch.dtype = torch.float32,
     model = SmolForCausalLM(config).to(dtype)
     random = np.random.default_rng(0)
     documents = [random.integers(0, 300, random.integers(3, 30)).astype(np.int32) for _ in range(64)]
-    data = pack_blocks(documents, 32, seed=0)
+    data = pack_blocks(TokenStore.of(input_ids=documents), 32, seed=0)
     data = data.select(range(16))
     arguments = dict(max_steps=3, save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant")
     args = PretrainTrainingArguments(output_dir=str(tmp_path / "out"), **(arguments | settings))

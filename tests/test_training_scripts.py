@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,16 @@ import train_lora
 import train_pretrain
 from smolkit.chat import IM_END, render
 from smolkit.errors import UserError
-from smolkit.packing import IGNORE, PackedCollator, pack_rows, render_conversations, render_preferences
+from smolkit.packing import (
+    IGNORE,
+    PackedCollator,
+    convert_conversations,
+    pack_rows,
+    preference_pairs,
+    render_conversations,
+    render_preferences,
+)
+from smolkit.shards import TokenStore, tokenized
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
@@ -91,7 +101,8 @@ def world(tmp_path_factory) -> Path:
 def pretrain_arguments(world: Path, output: Path, batch_size: int) -> list[str]:
     return f"""--data_path {world}/pretrain --tokenizer_path {world}/tokenizer --model_size tiny
         --model_overrides {SHAPE} --block_size 64 --per_device_train_batch_size {batch_size} --max_steps 4
-        --logging_steps 1 --weights_dtype fp32 --learning_rate 3e-3 --output_dir {output}""".split()
+        --logging_steps 1 --weights_dtype fp32 --learning_rate 3e-3 --packing_strategy blocks
+        --output_dir {output}""".split()
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +223,17 @@ def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
+def test_dpo_pads_less_when_steps_are_grouped_by_length(world, tuned, tmp_path) -> None:
+    quiet = "--disable_tqdm true --max_eval_rows 0 --num_epochs 2 --per_device_train_batch_size 2".split()
+    tokens = {}
+    for strategy in ("random", "group_by_length"):
+        more = [*quiet, "--train_sampling_strategy", strategy]
+        train_dpo.main(dpo_arguments(world, tuned, tmp_path / strategy, *more))
+        tokens[strategy] = metrics(tmp_path / strategy, "tokens")
+    assert len(tokens["random"]) == len(tokens["group_by_length"]) == 30
+    assert tokens["group_by_length"][-1] < 0.95 * tokens["random"][-1]
+
+
 def test_dpo_refuses_another_reference(world, tuned, pretrained, tmp_path) -> None:
     more = ["--ref_model_path", str(pretrained), "--disable_tqdm", "true"]
     with pytest.raises(UserError, match="disagree before step 1.*--ref_model_path"):
@@ -257,29 +279,33 @@ def test_labels_are_the_assistant_text(world) -> None:
         {"role": "tool", "content": "sunny"},
         {"role": "assistant", "content": "blue dog"},
     ]
-    pieces, counts = render_conversations([{"messages": messages, "tools": [WEATHER]}], tokenizer, 1024)
-    batch = PackedCollator(tokenizer.pad_token_id)(pack_rows(pieces, 1024, seed=0).__getitems__([0]))
+    columns, counts = convert_conversations(tokenizer, [{"messages": messages, "tools": [WEATHER]}], 1024)
+    rows = pack_rows(TokenStore.of(**columns), 1024, seed=0)
+    batch = PackedCollator(tokenizer.pad_token_id)(rows.__getitems__([0]))
     labels = batch["labels"][0]
     assert tokenizer.decode(labels[labels != IGNORE]) == (
         f"red cat{IM_END}"
         '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
         f"{IM_END}blue dog{IM_END}"
     )
-    assert (counts.kept, counts.cut, counts.dropped) == (1, 0, 0)
+    assert counts == {"kept": 1, "cut": 0, "dropped": 0, "trained_tokens": int((labels != IGNORE).sum())}
 
 
-def test_too_long_conversations_are_cut_after_a_reply(world) -> None:
+def test_too_long_conversations_are_cut_after_a_reply(world, tuned, tmp_path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
     turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "red cat"}]
     one, two = (len(render(tokenizer, turn * n).input_ids) for n in (1, 2))
     pieces, counts = render_conversations([{"messages": turn * 3}, {"messages": turn}], tokenizer, two + 1)
     assert [len(piece.input_ids) for piece in pieces] == [two, one]
     assert (counts.kept, counts.cut, counts.dropped) == (1, 1, 0)
-    with pytest.raises(UserError, match="raise --max_length"):
-        render_conversations([{"messages": turn}], tokenizer, one - 1)
+    pieces, counts = render_conversations([{"messages": turn}], tokenizer, one - 1)
+    assert (pieces, counts.dropped) == ([], 1)
+    arguments = f"--data_path {world}/sft --base_model {tuned} --output_dir {tmp_path}/out --max_length 4".split()
+    with pytest.raises(UserError, match=r"within 4 tokens \(60 dropped\); raise --max_length"):
+        train_full_sft.main(arguments)
 
 
-def test_preferences_are_prompt_and_two_completions(world) -> None:
+def test_preferences_are_prompt_and_two_completions(world, tmp_path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
     prompt = [{"role": "user", "content": "hi"}]
     row = {
@@ -289,11 +315,15 @@ def test_preferences_are_prompt_and_two_completions(world) -> None:
     }
     pairs, dropped = render_preferences([row], tokenizer, 64)
     assert dropped == 0
-    assert tokenizer.decode(pairs[0]["prompt_ids"]).endswith("<|im_start|>assistant\n")
-    assert tokenizer.decode(pairs[0]["chosen_ids"]) == f"red cat{IM_END}"
-    assert tokenizer.decode(pairs[0]["rejected_ids"]) == f"no{IM_END}"
+    assert tokenizer.decode(pairs["prompt_ids"][0]).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(pairs["chosen_ids"][0]) == f"red cat{IM_END}"
+    assert tokenizer.decode(pairs["rejected_ids"][0]) == f"no{IM_END}"
+    write(tmp_path / "pairs.jsonl", [row])
+    tokenise = partial(tokenized, tokenizer=tokenizer)
+    stored, _ = preference_pairs(tokenise, [tmp_path / "pairs.jsonl"], 64)
+    assert stored[0] == {name: ids[0].tolist() for name, ids in pairs.items()}
     with pytest.raises(UserError, match="no pair fits"):
-        render_preferences([row], tokenizer, 4)
+        preference_pairs(tokenise, [tmp_path / "pairs.jsonl"], 4)
 
 
 def test_real_text_and_tokenizer_end_in_a_model_that_loads_elsewhere(samples, tmp_path) -> None:
