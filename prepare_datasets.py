@@ -52,6 +52,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--validation_fraction", type=float, default=0.02, help="share set aside (default: 0.02)")
     add("--seed", type=int, default=42, help="of every draw (default: 42)")
     add("--restart", action="store_true", help="begin afresh instead of going on with an unfinished run")
+    text = "run on datatrove's executors (local, Slurm, Ray; see smolkit/sources/cluster.py)"
+    add("--executor", type=Path, metavar="FILE.yaml", help=text)
     add("--list", action="store_true", help="print the known datasets and stop")
     group = parser.add_argument_group("filters (what each removed is in prepare_report.json)").add_argument
     group("--deduplicate", choices=["none", "exact", "near"], default="none", help="near: MinHash, and exact too")
@@ -74,6 +76,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             "--datasets, --mixture and --max_records do not go with --source tiny; use --small for a smaller world"
         )
+    if args.executor and (args.mixture or args.source == "tiny"):
+        raise UserError("--executor goes with --source hub or local, and without --mixture (mix what it has written)")
+    if args.executor and args.deduplicate == "near" and args.near_threshold != 0.8:
+        raise UserError("--near_threshold: datatrove's MinHash has a fixed one; leave it out with --executor")
     if args.mixture and (args.datasets or args.pretrain or args.sft or args.dpo):
         raise UserError("--mixture names the parts and datasets itself; leave out --pretrain, --sft, --dpo, --datasets")
     if args.max_records is not None and (args.small or args.max_records < 1):
@@ -120,16 +126,28 @@ def from_mixture(args: argparse.Namespace, part: str, mixture: Mixture, limits: 
     return inputs
 
 
-def filters_of(args: argparse.Namespace) -> Filters:
-    return Filters(
-        min_characters=args.min_characters,
-        max_characters=args.max_characters,
-        quality=args.quality_rules,
-        languages=args.keep_languages,
-        decontaminate=args.decontaminate,
-        deduplicate=args.deduplicate,
-        near_threshold=args.near_threshold,
-    )
+def filter_options(args: argparse.Namespace) -> dict:
+    """The arguments of `Filters`."""
+    return {
+        "min_characters": args.min_characters,
+        "max_characters": args.max_characters,
+        "quality": args.quality_rules,
+        "languages": args.keep_languages,
+        "decontaminate": args.decontaminate,
+        "deduplicate": args.deduplicate,
+        "near_threshold": args.near_threshold,
+    }
+
+
+def on_executors(args: argparse.Namespace, part: str, inputs: list[Input], settings: Settings) -> dict | None:
+    """Raises UserError, also when datatrove is not there."""
+    try:
+        from smolkit.sources.cluster import prepare_on_cluster, read_plan
+    except ImportError as error:
+        need = "pip install -r requirements-datatrove.txt"
+        raise UserError(f"--executor needs datatrove ({error}): {need}") from None
+    plan, folder = read_plan(args.executor), args.output_dir / part
+    return prepare_on_cluster(part, inputs, folder, settings, filter_options(args), plan, args.restart)
 
 
 def print_sources() -> None:
@@ -180,11 +198,17 @@ def prepare_all(args: argparse.Namespace) -> None:
         print(f"{part}: no dataset of this part, nothing written")
     settings = Settings(args.seed, args.validation_fraction, args.thoughts)
     for part in (part for part in parts if part not in absent):
-        folder, filters = args.output_dir / part, filters_of(args)
-        if part in mixtures:
+        folder = args.output_dir / part
+        if args.executor:
+            report = on_executors(args, part, inputs[part], settings)
+            if report is None:
+                print(f"{part}: submitted; when the jobs are done, the same command says what they wrote")
+                continue
+        elif part in mixtures:
+            filters = Filters(**filter_options(args))
             report = prepare_mixture(part, mixtures[part], inputs[part], folder, settings, filters, args.restart)
         else:
-            report = write_part(part, inputs[part], folder, settings, filters, args.restart)
+            report = write_part(part, inputs[part], folder, settings, Filters(**filter_options(args)), args.restart)
         print_report(part, folder, report)
 
 
