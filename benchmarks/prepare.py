@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pyarrow
 import pyarrow.parquet
@@ -27,10 +28,8 @@ START = "import sys, prepare_datasets; prepare_datasets.main(sys.argv[1:])"
 
 
 def text_maker(seed: int = 0) -> Callable[[int], str]:
-    """A function that gives that many characters of text, at random from one long text of made-up words."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("etaoinshrdlucmfwypvbg", k=rng.randint(2, 9))) for _ in range(5000)]
-    text = " ".join(rng.choices(words, k=200_000))
+    """A function that gives that many characters of English, at random out of Python's own documentation."""
+    rng, text = random.Random(seed), " ".join(" ".join(topics.values()).split())
     return lambda length: text[(start := rng.randrange(len(text) - length)) : start + length]
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("datatrove", reason="pip install -r requirements-datatrove.t
 from smolkit.checkpoints import document_end_id, load_tokenizer
 from smolkit.packing import documents
 from smolkit.shards import open_store, tokenized
-from smolkit.sources import gsm8k
+from smolkit.sources import cluster, gsm8k
 from smolkit.sources.cluster import Plan, executor_of, read_plan, share_of, stages_of
 from smolkit.sources.files import DataFile
 from smolkit.sources.pipeline import Input, Limits, Settings
@@ -58,13 +58,13 @@ def test_local_executors_write_the_rows_of_a_plain_run_and_its_tokens(
     plan = plan_file(tmp_path, executor="local", tasks=2, workers=workers, tokenizer=str(tokenizer_path))
     for name, more in (("plain", []), ("datatrove", ["--executor", plan])):
         prepare(samples, tmp_path / name, "--pretrain", "--min_characters", 300, *more)
-    plain, cluster = tmp_path / "plain" / "pretrain", tmp_path / "datatrove" / "pretrain"
-    assert rows(cluster, "pretrain") == rows(plain, "pretrain") and counts(cluster) == counts(plain)
-    assert len(list(cluster.glob("pretrain_data-*.jsonl"))) == 2 and not (cluster / ".datatrove").exists()
+    plain, shards = tmp_path / "plain" / "pretrain", tmp_path / "datatrove" / "pretrain"
+    assert rows(shards, "pretrain") == rows(plain, "pretrain") and counts(shards) == counts(plain)
+    assert len(list(shards.glob("pretrain_data-*.jsonl"))) == 2 and not (shards / ".datatrove").exists()
     tokenizer = load_tokenizer(tokenizer_path)
     conversion = documents(document_end_id(tokenizer))
-    store = open_store(cluster / "tokens", conversion.identity(tokenizer))  # every checksum is checked here
-    expected = tokenized(conversion, sorted(cluster.glob("pretrain_data-*.jsonl")), tokenizer, tmp_path / "cache")
+    store = open_store(shards / "tokens", conversion.identity(tokenizer))  # every checksum is checked here
+    expected = tokenized(conversion, sorted(shards.glob("pretrain_data-*.jsonl")), tokenizer, tmp_path / "cache")
     assert len(store) == len(expected) > 150 and store.counts == expected.counts
     for record in range(len(store)):
         np.testing.assert_array_equal(store.cut("input_ids", record), expected.cut("input_ids", record))
@@ -100,6 +100,31 @@ def test_a_finished_run_is_left_alone_and_another_one_is_not_continued(
         prepare(samples, tmp_path, "--dpo", "--executor", plan, "--seed", 7)
     prepare(samples, tmp_path, "--dpo", "--executor", plan, "--seed", 7, "--restart")
     assert rows(tmp_path / "dpo", "dpo") == before  # nothing there is drawn
+
+
+@pytest.mark.parametrize("failing", ["Write", "Publish"])
+def test_an_interrupted_run_goes_on_with_the_stage_it_was_in(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    plan = plan_file(tmp_path, executor="local", tasks=2, workers=1)
+    prepare(samples, tmp_path / "whole", "--pretrain", "--deduplicate", "near", "--executor", plan)
+    write_json, converted = cluster.write_json, []
+
+    def killed(path: Path, value: object) -> None:
+        converted.extend(["once"] if path.parent.name == "reports" else [])
+        if path.name == ("00001.json" if failing == "Write" else "prepare_report.json") and "reports" not in str(path):
+            raise KeyboardInterrupt  # after the files, before their report
+        write_json(path, value)
+
+    monkeypatch.setattr(cluster, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(samples, tmp_path, "--pretrain", "--deduplicate", "near", "--executor", plan)
+    monkeypatch.setattr(cluster, "write_json", write_json)
+    assert converted == ["once"] * 2 and not (tmp_path / "pretrain" / "prepare_report.json").exists()
+    monkeypatch.setattr(cluster.Convert, "run", None)  # would fail if it were repeated
+    prepare(samples, tmp_path, "--pretrain", "--deduplicate", "near", "--executor", plan)
+    assert rows(tmp_path / "pretrain", "pretrain") == rows(tmp_path / "whole" / "pretrain", "pretrain")
+    assert counts(tmp_path / "pretrain") == counts(tmp_path / "whole" / "pretrain")
 
 
 # --- Slurm and Ray ------------------------------------------------------------------------------------------

@@ -178,21 +178,18 @@ class Publish(PipelineStep):
         self.names = [(data.source.repo, data.revision) for data in inputs]
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
-        work = work_of(self.folder)
-        for old in [
-            *self.folder.glob(f"{self.part}_data*.jsonl"),
-            *self.folder.glob(f"validation/{self.part}_data*.jsonl"),
-        ]:
-            old.unlink()
-        files = {}
+        work, files = work_of(self.folder), {}
         for side, folder in zip(SIDES, (self.folder, self.folder / "validation"), strict=True):
             for shard in sorted((work / "shards" / side).glob("*.jsonl")):
                 if size := shard.stat().st_size:
-                    folder.mkdir(exist_ok=True)
                     final = folder / f"{self.part}_data-{shard.name}"
-                    os.replace(shard, final)
+                    link_over(shard, final)  # not moved: interrupted, this stage begins again
                     files[final.relative_to(self.folder).as_posix()] = {"bytes": size}
         write_json(self.folder / REPORT, {"sources": self.report(work), "files": files, "settings": self.fingerprint})
+        for pattern in (f"{self.part}_data*.jsonl", f"validation/{self.part}_data*.jsonl"):
+            for found in self.folder.glob(pattern):
+                if found.relative_to(self.folder).as_posix() not in files:
+                    found.unlink()
         for name in ("converted", "shards", "signatures", "duplicates", "removed"):
             shutil.rmtree(work / name, ignore_errors=True)
 
@@ -258,6 +255,15 @@ class Join(PipelineStep):
 
 def work_of(folder: Path) -> Path:
     return folder / ".datatrove"
+
+
+def link_over(source: Path, target: Path) -> None:
+    """Give a file a second name, in place of whatever has it."""
+    aside = target.with_name(f".{target.name}.part")
+    aside.parent.mkdir(exist_ok=True)
+    aside.unlink(missing_ok=True)
+    os.link(source, aside)
+    os.replace(aside, target)
 
 
 def text_content(document: Document) -> str:
