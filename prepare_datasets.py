@@ -202,7 +202,7 @@ def prepare_all(args: argparse.Namespace) -> None:
         if args.executor:
             report = on_executors(args, part, inputs[part], settings)
             if report is None:
-                print(f"{part}: submitted; when the jobs are done, the same command says what they wrote")
+                print(f"{part}: submitted; repeat the command when the jobs are done: it says what they wrote")
                 continue
         elif part in mixtures:
             filters = Filters(**filter_options(args))

@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on_with_the_stage_it_was_in(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     plan = plan_file(tmp_path, executor="local", tasks=2, workers=1)
-    prepare(samples, tmp_path / "whole", "--pretrain", "--deduplicate", "near", "--executor", plan)
+    prepare(samples, tmp_path / "whole", "--dpo", "--executor", plan)
     write_json, converted = cluster.write_json, []
 
     def killed(path: Path, value: object) -> None:
@@ -118,13 +118,13 @@ def test_an_interrupted_run_goes_on_with_the_stage_it_was_in(
 
     monkeypatch.setattr(cluster, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
-        prepare(samples, tmp_path, "--pretrain", "--deduplicate", "near", "--executor", plan)
+        prepare(samples, tmp_path, "--dpo", "--executor", plan)
     monkeypatch.setattr(cluster, "write_json", write_json)
-    assert converted == ["once"] * 2 and not (tmp_path / "pretrain" / "prepare_report.json").exists()
+    assert converted == ["once"] * 2 and not (tmp_path / "dpo" / "prepare_report.json").exists()
     monkeypatch.setattr(cluster.Convert, "run", None)  # would fail if it were repeated
-    prepare(samples, tmp_path, "--pretrain", "--deduplicate", "near", "--executor", plan)
-    assert rows(tmp_path / "pretrain", "pretrain") == rows(tmp_path / "whole" / "pretrain", "pretrain")
-    assert counts(tmp_path / "pretrain") == counts(tmp_path / "whole" / "pretrain")
+    prepare(samples, tmp_path, "--dpo", "--executor", plan)
+    assert rows(tmp_path / "dpo", "dpo") == rows(tmp_path / "whole" / "dpo", "dpo")
+    assert counts(tmp_path / "dpo") == counts(tmp_path / "whole" / "dpo")
 
 
 # --- Slurm and Ray ------------------------------------------------------------------------------------------
@@ -177,6 +177,35 @@ def test_slurm_is_told_to_run_every_stage_after_the_one_before(tmp_path: Path, m
     first = jobs["pretrain-convert"]
     assert (first["partition"], first["time"], first["mem-per-cpu"]) == ("cpu", "24:00:00", "4G")
     assert first["run"].endswith(f"{tmp_path}/.datatrove/logs/convert/executor.pik")
+
+
+@pytest.mark.slow
+def test_slurm_jobs_do_the_work_wherever_they_start(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A stand-in for Slurm runs each job in a process of its own, in another directory."""
+    commands = {
+        "sbatch": 'for last; do :; done\nn=$(sed -n "s/#SBATCH --array=0-\\([0-9]*\\).*/\\1/p" "$last")\n'
+        'for i in $(seq 0 "$n"); do SLURM_ARRAY_TASK_ID=$i bash "$last" >> jobs.log 2>&1 || exit 1; done\n'
+        'echo "Submitted batch job 7"\n',
+        "srun": 'shift 3\nexec "$@"\n',
+        "scontrol": "echo here\n",
+        "merge_stats": "",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in commands.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/bash\nset -e\ncd {tmp_path}\n{script}")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_NODELIST", "here")
+    plan = plan_file(tmp_path, executor="slurm", tasks=2, options={"partition": "cpu", "time": "1:00:00"})
+    prepare(samples, tmp_path / "slurm", "--dpo", "--executor", plan)
+    prepare(samples, tmp_path / "slurm", "--dpo", "--executor", plan)  # says what the jobs wrote
+    assert "200 rows read, 200 written" in capsys.readouterr().out
+    prepare(samples, tmp_path / "plain", "--dpo")
+    assert rows(tmp_path / "slurm" / "dpo", "dpo") == rows(tmp_path / "plain" / "dpo", "dpo")
+    assert counts(tmp_path / "slurm" / "dpo") == counts(tmp_path / "plain" / "dpo")
 
 
 def test_ray_gets_the_same_stages(tmp_path: Path) -> None:

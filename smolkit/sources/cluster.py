@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ from smolkit.sources.pipeline import (
 
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
 SIDES = ("train", "held_out")
+# What a Slurm job needs to find datatrove's command and our modules, which are not installed.
+ENVIRONMENT = f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH={Path(__file__).resolve().parents[2]}:$PYTHONPATH"
 HASH = HashConfig(hash_fc="sha1")  # its xxhash functions need xxhash<4
 # Pairs with a similarity from about 0.72 up are found. Numbers stay: two problems may differ in nothing else.
 MINHASH = MinhashConfig(
@@ -179,6 +182,7 @@ class Publish(PipelineStep):
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
         work, files = work_of(self.folder), {}
+        shutil.rmtree(self.folder / "tokens", ignore_errors=True)  # of an earlier run
         for side, folder in zip(SIDES, (self.folder, self.folder / "validation"), strict=True):
             for shard in sorted((work / "shards" / side).glob("*.jsonl")):
                 if size := shard.stat().st_size:
@@ -310,7 +314,7 @@ def executor_of(part: str, stages: Sequence[Stage], folder: Path, plan: Plan) ->
     executor = None
     for name, steps, tasks in stages:
         at_most = plan.workers or (os.cpu_count() if plan.executor == "local" else tasks)
-        named = {"job_name": f"{part}-{name}"} if plan.executor == "slurm" else {}
+        named = {"job_name": f"{part}-{name}", "env_command": ENVIRONMENT} if plan.executor == "slurm" else {}
         try:
             executor = EXECUTORS[plan.executor](
                 pipeline=steps,
@@ -338,6 +342,7 @@ def prepare_on_cluster(
         if restart:
             shutil.rmtree(work_of(folder), ignore_errors=True)
         elif already_written(folder, fingerprint) and (folder / "tokens").exists() >= bool(plan.tokenizer):
+            shutil.rmtree(work_of(folder), ignore_errors=True)
             return json.loads((folder / REPORT).read_text("utf-8")) | {"already": True}
         elif started.exists() and json.loads(started.read_text("utf-8")) != fingerprint:
             raise UserError(f"{started}: a run with other settings was begun; repeat its command or add --restart")
