@@ -4,13 +4,14 @@
     python -m benchmarks.prepare --megabytes 10 100 1000 10000      # memory up to 10 GB (needs twice that on disk)
 
 Prints JSON. Inputs are synthetic rows in the layouts of public datasets, every prompt a new one; each measurement is
-the script in a process of its own, on one core. `mb_per_cpu_second` is the input's size over all CPU time of that
-process, imports included. Everything is written under --directory and removed afterwards."""
+the script in a process of its own. `mb_per_cpu_second` is the input's size (as JSON Lines) over the CPU time above that
+of a run with three rows, which is mostly imports. Everything is written under --directory and removed afterwards."""
 
 import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,11 @@ import pyarrow.parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 10**6
-START = "import sys, prepare_datasets; prepare_datasets.main(sys.argv[1:])"
+# The last line that it prints is its own peak of memory: the kernel's account of a child begins with its parent's.
+START = (
+    "import sys, prepare_datasets; prepare_datasets.main(sys.argv[1:]);"
+    "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+)
 
 
 def text_maker(seed: int = 0) -> Callable[[int], str]:
@@ -88,8 +93,8 @@ def write_input(path: Path, make: Callable, megabytes: float) -> int:
     return path.stat().st_size
 
 
-def measure(directory: Path, kind: str, megabytes: float, more: list[str]) -> dict:
-    """Convert that much input in a process of its own."""
+def measure(directory: Path, kind: str, megabytes: float, more: list[str], startup: float = 0) -> dict:
+    """Convert that much input in a process of its own. `startup`: CPU seconds that count for nothing."""
     dataset, part, name, make = KINDS[kind]
     copies, output = directory / "copies", directory / "data"
     size = write_input(copies / dataset / name, make, megabytes)
@@ -106,25 +111,24 @@ def measure(directory: Path, kind: str, megabytes: float, more: list[str]) -> di
         *more,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARROW_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", START, *map(str, arguments)],
-        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    _, status, usage = os.wait4(child.pid, 0)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", START, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     report = json.loads((output / part / "prepare_report.json").read_text("utf-8"))
     (source,) = report["sources"].values()
-    assert status == 0 and source["read"] == source["written"] + sum(d["rows"] for d in source["dropped"].values())
+    assert source["read"] == source["written"] + sum(d["rows"] for d in source["dropped"].values())
     shutil.rmtree(copies)
     shutil.rmtree(output)
-    cpu = usage.ru_utime + usage.ru_stime
     return {
         "kind": kind,
         "options": more,
         "megabytes": round(size / MB, 1),
         "rows": source["read"],
         "cpu_seconds": round(cpu, 2),
-        "mb_per_cpu_second": round(size / MB / cpu, 1),
-        "peak_memory_mib": round(usage.ru_maxrss / 1024),
+        "mb_per_cpu_second": round(size / MB / (cpu - startup), 1) if cpu > startup else None,
+        "peak_memory_mib": round(int(done.stdout.split()[-2]) / 1024),
     }
 
 
@@ -138,10 +142,12 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [["--deduplicate", "exact"], ["--deduplicate", "near"], ["--keep_languages", "en"], ["--quality_rules"]]
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         directory = Path(name)
-        speed = [measure(directory, kind, args.speed, []) for kind in KINDS if args.speed]
-        filters = [measure(directory, "OpenO1-SFT, JSON Lines", args.filters, f) for f in chosen if args.filters]
-        memory = [measure(directory, "OpenO1-SFT, JSON Lines", size, []) for size in args.megabytes]
-    print(json.dumps({"speed": speed, "filters": filters, "memory": memory}, indent=2))
+        first, *_ = KINDS
+        startup = min(measure(directory, first, 0.01, [])["cpu_seconds"] for _ in range(3))
+        speed = [measure(directory, kind, args.speed, [], startup) for kind in KINDS if args.speed]
+        filters = [measure(directory, first, args.filters, f, startup) for f in chosen if args.filters]
+        memory = [measure(directory, first, size, [], startup) for size in args.megabytes]
+    print(json.dumps({"startup_cpu_seconds": startup, "speed": speed, "filters": filters, "memory": memory}, indent=2))
 
 
 if __name__ == "__main__":
