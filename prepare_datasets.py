@@ -20,7 +20,7 @@ from smolkit import sources, tiny_world
 from smolkit.errors import UserError, run
 from smolkit.filters import Filters
 from smolkit.sources.mixture import Mixture, prepare_mixture, read_mixtures, slug
-from smolkit.sources.pipeline import PROGRESS, Input, Limits, Settings, write_part
+from smolkit.sources.pipeline import PROGRESS, REPORT, Input, Limits, Settings, write_part
 from smolkit.sources.selection import Selected, defaults, on_disk, on_hub, parse_dataset
 
 PARTS = ("pretrain", "sft", "dpo")
@@ -102,13 +102,23 @@ def select(args: argparse.Namespace, parts: list[str]) -> list[Selected]:
     return wanted
 
 
+def earlier_revisions(folder: Path) -> dict[str, str]:
+    """The commit of each source of an earlier run in `folder`, unfinished or not: the same command means the same data,
+    whatever has become of "main" since."""
+    for name, keys in ((PROGRESS, ("fingerprint",)), (".datatrove/settings.json", ()), (REPORT, ("settings",))):
+        if (folder / name).exists():
+            value = json.loads((folder / name).read_text("utf-8"))
+            for key in keys:
+                value = value.get(key, {})
+            return {source["repo"]: source["revision"] for source in value.get("sources", [])}
+    return {}
+
+
 def locate(args: argparse.Namespace, wanted: Selected, folder: Path, limits: Limits) -> Input:
-    """The dataset with its files; an interrupted run in `folder` goes on with the revision it began with."""
+    """The dataset with its files."""
     if args.source == "local":
         return Input(wanted.source, on_disk(wanted, args.path), limits)
-    path = folder / PROGRESS
-    begun = json.loads(path.read_text("utf-8"))["fingerprint"]["sources"] if path.exists() and not args.restart else []
-    revisions = {source["repo"]: source["revision"] for source in begun}
+    revisions = {} if args.restart else earlier_revisions(folder)
     files, revision = on_hub(wanted, revisions.get(wanted.source.repo))
     return Input(wanted.source, files, limits, revision)
 

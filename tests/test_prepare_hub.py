@@ -16,7 +16,7 @@ import pytest
 from smolkit.doctor import read_dpo, read_sft
 from smolkit.sources import gsm8k, ultrafeedback
 
-COMMIT = "5" * 40  # what "main" is
+COMMIT = "5" * 40
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Hub:
     asked: list[tuple[str, str]] = field(default_factory=list)
     broken_after: int | None = None  # bytes of a file that are sent before every connection breaks
     url: str = ""
+    main: str = COMMIT
 
     def entries(self, repo: str) -> list[dict]:
         files = self.datasets[repo].items()
@@ -72,7 +73,9 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)["paths"]
             return self.answer(200, [e for e in self.hub.entries(repo) if e["path"] in wanted])
         if rest[0] == "revision":
-            return self.answer(200, {"id": repo, "sha": COMMIT if rest[1] == "main" else rest[1], "siblings": []})
+            return self.answer(
+                200, {"id": repo, "sha": self.hub.main if rest[1] == "main" else rest[1], "siblings": []}
+            )
         return self.answer(404)
 
     do_HEAD = do_POST = do_GET
@@ -162,6 +165,11 @@ def test_pinned_revisions_are_streamed_and_main_is_resolved_to_a_commit(
     }
     read = {path.split("/resolve/")[1].split("/")[0] for _, path in hub.asked if "/resolve/" in path}
     assert read == {ultrafeedback.SOURCE.revision, gsm8k.SOURCE.revision, COMMIT}
+    hub.main = "6" * 40
+    assert run_script("prepare_datasets.py", *arguments, env=hub.environment()).stdout.count("already prepared") == 2
+    run_script("prepare_datasets.py", *arguments, "--sft", "--dpo", "--restart", env=hub.environment())
+    report = json.loads((tmp_path / "sft" / "prepare_report.json").read_text())["sources"]
+    assert report["O1-OPEN/OpenO1-SFT"]["revision"] == hub.main
 
 
 @pytest.mark.parametrize("kind", ["gated", "unreachable"])
