@@ -8,6 +8,7 @@ Words are runs of letters and digits; a Chinese, Japanese or Korean character is
 
 import hashlib
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -50,13 +51,14 @@ class HashSet:
 
     def __init__(self) -> None:
         self.sorted = np.empty(0, dtype=np.uint64)
+        self.view = memoryview(self.sorted)
         self.newest: set[int] = set()
 
     def __contains__(self, value: int) -> bool:
         if value in self.newest:
             return True
-        at = int(np.searchsorted(self.sorted, np.uint64(value)))
-        return at < len(self.sorted) and int(self.sorted[at]) == value
+        at = bisect_left(self.view, value)  # for one value much faster than np.searchsorted
+        return at < len(self.view) and self.view[at] == value
 
     def add(self, value: int) -> bool:
         """Whether `value` is new."""
@@ -67,6 +69,7 @@ class HashSet:
             newest = np.fromiter(self.newest, dtype=np.uint64, count=len(self.newest))
             self.sorted = np.concatenate([self.sorted, newest])
             self.sorted.sort()
+            self.view = memoryview(self.sorted)
             self.newest = set()
         return True
 
@@ -312,10 +315,12 @@ class Filters:
 
     def judge(self, record: dict) -> str | None:
         """The first reason against the record, or None; a record without one is remembered."""
-        reason = next(filter(None, (each.judge(record) for each in self.filters)), None)
-        if reason is None:
-            self.remember(record)
-        return reason
+        for each in self.filters:
+            reason = each.judge(record)
+            if reason:
+                return reason
+        self.remember(record)
+        return None
 
     def remember(self, record: dict) -> None:
         for each in self.filters:
