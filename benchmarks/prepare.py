@@ -8,6 +8,7 @@ the script in a process of its own. `mb_per_cpu_second` is the input's size (as 
 of a run with three rows, which is mostly imports. Everything is written under --directory and removed afterwards."""
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -85,12 +86,22 @@ def write_input(path: Path, make: Callable, megabytes: float) -> int:
     """Write the rows as JSON Lines or Parquet; returns their size as JSON Lines, bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        rows, lines = zip(*rows_of(make, megabytes), strict=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path, row_group_size=1000)  # as on the hub
-        return sum(map(len, lines))
+        return write_parquet(path, rows_of(make, megabytes))
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(line for _, line in rows_of(make, megabytes))
     return path.stat().st_size
+
+
+def write_parquet(path: Path, rows: Iterator[tuple[dict, str]]) -> int:
+    """In row groups of 1000 rows, as on the hub."""
+    size, writer = 0, None
+    while group := list(itertools.islice(rows, 1000)):
+        table = pyarrow.Table.from_pylist([row for row, _ in group])
+        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+        size += sum(len(line) for _, line in group)
+    writer.close()
+    return size
 
 
 def measure(directory: Path, kind: str, megabytes: float, more: list[str], startup: float = 0) -> dict:
@@ -146,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         startup = min(measure(directory, first, 0.01, [])["cpu_seconds"] for _ in range(3))
         speed = [measure(directory, kind, args.speed, [], startup) for kind in KINDS if args.speed]
         filters = [measure(directory, first, args.filters, f, startup) for f in chosen if args.filters]
-        memory = [measure(directory, first, size, [], startup) for size in args.megabytes]
+        kinds = (first, "TinyStories, Parquet")
+        memory = [measure(directory, kind, size, [], startup) for kind in kinds for size in args.megabytes]
     print(json.dumps({"startup_cpu_seconds": startup, "speed": speed, "filters": filters, "memory": memory}, indent=2))
 
 
