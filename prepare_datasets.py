@@ -2,19 +2,26 @@
 
 python prepare_datasets.py                                  # every part from the hub
 python prepare_datasets.py --sft --small                    # a slice of the SFT sources
+python prepare_datasets.py --pretrain --language chinese --industry news_media --max_tokens 1e9
+python prepare_datasets.py --sft --datasets smoltalk:apigen-80k gsm8k --deduplicate near
+python prepare_datasets.py --mixture FILE.yaml              # sources with weights, small ones repeated
 python prepare_datasets.py --source local --path DIR        # the same datasets from copies on disk
 python prepare_datasets.py --source tiny                    # the built-in bilingual world, offline
 python prepare_datasets.py --list                           # every known dataset
+
+Interrupted, the same command goes on where it stopped. A dataset is named `[owner/]name[:config,…][@revision]`.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from smolkit import sources, tiny_world
 from smolkit.errors import UserError, run
-from smolkit.sources.base import Source
-from smolkit.sources.files import DataFile, find_folder, hub_files, local_files
-from smolkit.sources.pipeline import Limits, write_part
+from smolkit.filters import Filters
+from smolkit.sources.mixture import Mixture, prepare_mixture, read_mixtures, slug
+from smolkit.sources.pipeline import PROGRESS, REPORT, Input, Limits, Settings, write_part
+from smolkit.sources.selection import Selected, defaults, on_disk, on_hub, parse_dataset
 
 PARTS = ("pretrain", "sft", "dpo")
 # The built-in world has two parts more: the LoRA skill goes with SFT, the exam goes with everything.
@@ -24,123 +31,208 @@ DEFAULT_TOKENS = 5e9
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--source", choices=["hub", "local", "tiny"], default="hub", help="where the data comes from"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--source", choices=["hub", "local", "tiny"], default="hub", help="where the data comes from")
     for part in PARTS:
-        parser.add_argument(
-            f"--{part}", action="store_true", help=f"prepare the {part} data (none named: all parts)"
-        )
-    parser.add_argument(
-        "--datasets", nargs="+", metavar="NAME", help="take these datasets instead of the default ones"
-    )
-    parser.add_argument("--path", type=Path, help="with --source local: folder holding the datasets' folders")
-    parser.add_argument("--output_dir", type=Path, default=Path("data"), help="default: data")
-    parser.add_argument(
-        "--small", action="store_true", help=f"{SMALL_RECORDS} records of each dataset (tiny: 5 %%)"
-    )
-    parser.add_argument("--max_records", type=int, help="records of each dataset")
-    parser.add_argument(
-        "--max_tokens",
-        type=float,
-        default=DEFAULT_TOKENS,
-        help="pretraining tokens of each dataset, estimated at 4 bytes each (default: 5e9)",
-    )
-    parser.add_argument(
-        "--validation_fraction", type=float, default=0.02, help="share set aside (default: 0.02)"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of every draw (default: 42)")
-    parser.add_argument("--list", action="store_true", help="print the known datasets and stop")
+        add(f"--{part}", action="store_true", help=f"prepare the {part} data (none named: all parts)")
+    add("--datasets", nargs="+", metavar="NAME", help="take these datasets instead of the default ones")
+    add("--mixture", type=Path, metavar="FILE.yaml", help="datasets with weights (see smolkit/sources/mixture.py)")
+    add("--path", type=Path, help="with --source local: folder holding the datasets' folders")
+    add("--output_dir", type=Path, default=Path("data"), help="default: data")
+    add("--small", action="store_true", help=f"{SMALL_RECORDS} records of each dataset (tiny: 5 %%)")
+    add("--max_records", type=int, help="records of each dataset")
+    text = "pretraining tokens of each dataset, estimated at 4 bytes each (default: 5e9)"
+    add("--max_tokens", type=float, default=DEFAULT_TOKENS, help=text)
+    add("--language", nargs="+", help="of IndustryCorpus2: english, chinese (default: both)")
+    add("--industry", nargs="+", help="of IndustryCorpus2: folder names such as news_media (default: all)")
+    add("--quality", nargs="+", help="of IndustryCorpus2: high, middle, low (default: high)")
+    text = "written-out reasoning of OpenO1-SFT: keep it or strip it (default: keep)"
+    add("--thoughts", choices=["keep", "strip"], default="keep", help=text)
+    add("--validation_fraction", type=float, default=0.02, help="share set aside (default: 0.02)")
+    add("--seed", type=int, default=42, help="of every draw (default: 42)")
+    add("--restart", action="store_true", help="begin afresh instead of going on with an unfinished run")
+    text = "run on datatrove's executors (local, Slurm, Ray; see smolkit/sources/cluster.py)"
+    add("--executor", type=Path, metavar="FILE.yaml", help=text)
+    add("--list", action="store_true", help="print the known datasets and stop")
+    group = parser.add_argument_group("filters (what each removed is in prepare_report.json)").add_argument
+    group("--deduplicate", choices=["none", "exact", "near"], default="none", help="near: MinHash, and exact too")
+    group("--near_threshold", type=float, default=0.8, help="Jaccard similarity that is near (default: 0.8)")
+    group("--keep_languages", nargs="+", default=[], metavar="CODE", help="only texts in these, such as en zh")
+    group("--min_characters", type=int, help="shortest text to keep")
+    group("--max_characters", type=int, help="longest text to keep")
+    group("--quality_rules", action="store_true", help="drop texts that break the rules of Gopher")
+    text = "evaluation sets: drop texts that share 13 words in a row with them"
+    group("--decontaminate", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     args = parser.parse_args(argv)
-    if (args.source == "local") != (args.path is not None):
-        raise UserError("--source local needs --path DIR, and --path only goes with --source local")
-    if args.source == "tiny" and (args.datasets or args.max_records is not None):
-        raise UserError(
-            "--datasets and --max_records do not go with --source tiny; use --small for a smaller world"
-        )
-    if args.max_records is not None and (args.small or args.max_records < 1):
-        raise UserError(f"--max_records {args.max_records}: must be at least 1 and not together with --small")
-    if not 0 <= args.validation_fraction < 1:
-        raise UserError(f"--validation_fraction {args.validation_fraction}: must be from 0 to below 1")
+    check(args)
     return args
 
 
-def chosen_sources(args: argparse.Namespace, parts: list[str]) -> list[Source]:
+def check(args: argparse.Namespace) -> None:
+    if (args.source == "local") != (args.path is not None):
+        raise UserError("--source local needs --path DIR, and --path only goes with --source local")
+    if args.source == "tiny" and (args.datasets or args.mixture or args.max_records is not None):
+        raise UserError(
+            "--datasets, --mixture and --max_records do not go with --source tiny; use --small for a smaller world"
+        )
+    if args.executor and (args.mixture or args.source == "tiny"):
+        raise UserError("--executor goes with --source hub or local, and without --mixture (mix what it has written)")
+    if args.executor and args.deduplicate == "near" and args.near_threshold != 0.8:
+        raise UserError("--near_threshold: datatrove's MinHash has a fixed one; leave it out with --executor")
+    if args.mixture and (args.datasets or args.pretrain or args.sft or args.dpo):
+        raise UserError("--mixture names the parts and datasets itself; leave out --pretrain, --sft, --dpo, --datasets")
+    if args.max_records is not None and (args.small or args.max_records < 1):
+        raise UserError(f"--max_records {args.max_records}: must be at least 1 and not together with --small")
+    for name in ("max_tokens", "min_characters", "max_characters", "near_threshold"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    if not 0 <= args.validation_fraction < 1:
+        raise UserError(f"--validation_fraction {args.validation_fraction}: must be from 0 to below 1")
+
+
+def select(args: argparse.Namespace, parts: list[str]) -> list[Selected]:
     """The datasets the user named, or the default ones (locally: whatever is there)."""
-    if args.datasets:
-        known = {name.lower(): source for source in sources.ALL for name in (source.name, source.repo)}
-        unknown = [name for name in args.datasets if name.lower() not in known]
-        if unknown:
-            names = ", ".join(source.name for source in sources.ALL)
-            raise UserError(f"--datasets {' '.join(unknown)}: unknown; known are {names}")
-        wanted = [known[name.lower()] for name in args.datasets]
-        if not all(source.part in parts for source in wanted):
-            raise UserError(
-                f"--datasets {' '.join(args.datasets)}: not all belong to the parts {', '.join(parts)}"
-            )
-        return wanted
-    return [s for s in sources.ALL if s.part in parts and (s.default or args.source == "local")]
+    options = {"industry": args.industry, "language": args.language, "quality": args.quality}
+    if not args.datasets:
+        return defaults(parts, options, everything=args.source == "local")
+    wanted = [parse_dataset(name, options) for name in args.datasets]
+    if not all(each.source.part in parts for each in wanted):
+        raise UserError(f"--datasets {' '.join(args.datasets)}: not all belong to the parts {', '.join(parts)}")
+    return wanted
 
 
-def locate(args: argparse.Namespace, wanted: list[Source]) -> list[tuple[Source, list[DataFile]]]:
-    """Each dataset with its files; datasets not on disk are left out unless the user named them."""
-    if args.source == "hub":
-        return [(source, hub_files(source)) for source in wanted]
-    if not args.path.is_dir():
-        raise UserError(f"--path {args.path}: no such directory")
-    found = []
-    for source in wanted:
-        folder = find_folder(source, args.path)
-        files = local_files(source, folder) if folder else []
-        if files:
-            found.append((source, files))
-        elif folder or args.datasets:
-            patterns = " ".join(source.train)
-            raise UserError(
-                f"{folder or args.path / source.name}: no files of {source.repo}; expected {patterns}"
-            )
-    return found
+def earlier_revisions(folder: Path) -> dict[str, str]:
+    """The commit of each source of an earlier run in `folder`, unfinished or not: the same command means the same data,
+    whatever has become of "main" since."""
+    for name, keys in ((PROGRESS, ("fingerprint",)), (".datatrove/settings.json", ()), (REPORT, ("settings",))):
+        if (folder / name).exists():
+            value = json.loads((folder / name).read_text("utf-8"))
+            for key in keys:
+                value = value.get(key, {})
+            return {source["repo"]: source["revision"] for source in value.get("sources", [])}
+    return {}
+
+
+def locate(args: argparse.Namespace, wanted: Selected, folder: Path, limits: Limits) -> Input:
+    """The dataset with its files."""
+    if args.source == "local":
+        return Input(wanted.source, on_disk(wanted, args.path), limits)
+    revisions = {} if args.restart else earlier_revisions(folder)
+    files, revision = on_hub(wanted, revisions.get(wanted.source.repo))
+    return Input(wanted.source, files, limits, revision)
+
+
+def from_mixture(args: argparse.Namespace, part: str, mixture: Mixture, limits: Limits) -> list[Input]:
+    """The inputs of a mixture's sources, in its order."""
+    options = {"industry": args.industry, "language": args.language, "quality": args.quality}
+    inputs = []
+    for share in mixture.shares:
+        wanted = parse_dataset(share.dataset, options)
+        if wanted.source.part != part:
+            raise UserError(f"{args.mixture}: {share.dataset} is {wanted.source.part} data, not {part} data")
+        own = Limits(share.max_records or limits.records, share.max_tokens or limits.tokens)
+        inputs.append(locate(args, wanted, args.output_dir / part / ".sources" / slug(share.dataset), own))
+    return inputs
+
+
+def filter_options(args: argparse.Namespace) -> dict:
+    """The arguments of `Filters`."""
+    return {
+        "min_characters": args.min_characters,
+        "max_characters": args.max_characters,
+        "quality": args.quality_rules,
+        "languages": args.keep_languages,
+        "decontaminate": args.decontaminate,
+        "deduplicate": args.deduplicate,
+        "near_threshold": args.near_threshold,
+    }
+
+
+def on_executors(args: argparse.Namespace, part: str, inputs: list[Input], settings: Settings) -> dict | None:
+    """Raises UserError, also when datatrove is not there."""
+    try:
+        from smolkit.sources.cluster import prepare_on_cluster, read_plan
+    except ImportError as error:
+        need = "pip install -r requirements-datatrove.txt"
+        raise UserError(f"--executor needs datatrove ({error}): {need}") from None
+    plan, folder = read_plan(args.executor), args.output_dir / part
+    return prepare_on_cluster(part, inputs, folder, settings, filter_options(args), plan, args.restart)
 
 
 def print_sources() -> None:
     for source in sources.ALL:
         notes = [f"({word})" for word in ("default", "gated") if getattr(source, word)]
         columns = [f"{name}: {'|'.join(t.__name__ for t in types)}" for name, types in source.columns.items()]
-        print(f"{source.part:9} {source.repo:40} {source.licence:14} {' '.join([source.size, *notes])}")
+        print(f"{source.part:9} {source.repo:40} {source.licence:16} {' '.join([source.size, *notes])}")
         print(f"{'':9} columns {', '.join(columns)}; files {' '.join(source.train)} at {source.revision}")
+        for name, choice in source.choices.items():
+            known = f" of {', '.join(choice.known)}" if choice.known else ""
+            print(f"{'':9} {name}: {', '.join(choice.default)}{known}")
+        for name, reason in source.refused.items():
+            print(f"{'':9} {name} is refused: {reason}")
+
+
+def print_report(part: str, folder: Path, report: dict) -> None:
+    if report.get("already"):
+        print(f"{part}: already prepared with these settings; --restart prepares it again")
+    for repo, source in report["sources"].items():
+        repeats = f", {source['duplicate_prompts']} prompts not new" if source["duplicate_prompts"] else ""
+        print(f"{part}: {repo}: {source['read']} rows read, {source['written']} written{repeats}")
+        for reason, dropped in source["dropped"].items():
+            print(f"  {dropped['rows']} dropped: {reason} (for example {dropped['for_example'][0]})")
+        if "mixture" in source:
+            mixed = source["mixture"]
+            print(f"  {mixed['share']:.1%} of the mixture: {mixed['rows']} rows, {mixed['passes']} passes")
+    print(f"{part}: → {folder}")
+
+
+def prepare_all(args: argparse.Namespace) -> None:
+    """Look for every dataset before anything is written, then prepare part after part."""
+    limits = Limits(SMALL_RECORDS if args.small else args.max_records, args.max_tokens)
+    mixtures = read_mixtures(args.mixture) if args.mixture else {}
+    named = [part for part in PARTS if getattr(args, part) or part in mixtures]
+    parts = named or list(PARTS)
+    if mixtures:
+        inputs = {part: from_mixture(args, part, mixture, limits) for part, mixture in mixtures.items()}
+    else:
+        wanted = select(args, parts)
+        inputs = {part: [locate(args, w, args.output_dir / part, limits) for w in wanted if w.source.part == part]
+                  for part in parts}  # fmt: skip
+        inputs = {part: [each for each in found if each.files] for part, found in inputs.items()}
+    absent = [part for part in parts if not inputs[part]]
+    if absent and not args.datasets and (named or len(absent) == len(PARTS)):
+        known = ", ".join(s.name for s in sources.ALL if s.part in absent)
+        raise UserError(f"no dataset for {', '.join(absent)} in {args.path}; folders it could hold: {known}")
+    for part in absent:
+        print(f"{part}: no dataset of this part, nothing written")
+    settings = Settings(args.seed, args.validation_fraction, args.thoughts)
+    for part in (part for part in parts if part not in absent):
+        folder = args.output_dir / part
+        if args.executor:
+            report = on_executors(args, part, inputs[part], settings)
+            if report is None:
+                print(f"{part}: submitted; repeat the command when the jobs are done: it says what they wrote")
+                continue
+        elif part in mixtures:
+            filters = Filters(**filter_options(args))
+            report = prepare_mixture(part, mixtures[part], inputs[part], folder, settings, filters, args.restart)
+        else:
+            report = write_part(part, inputs[part], folder, settings, Filters(**filter_options(args)), args.restart)
+        print_report(part, folder, report)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.list:
         print_sources()
-        return
-    named = [part for part in PARTS if getattr(args, part)]
-    parts = named or list(PARTS)
-    if args.source == "tiny":
+    elif args.source == "tiny":
+        parts = [part for part in PARTS if getattr(args, part)] or PARTS
         tiny_parts = {"exam"}.union(*(TINY_PARTS[part] for part in parts))
         for path, count in tiny_world.write(args.output_dir, args.seed, tiny_parts, small=args.small).items():
             print(f"{count:7} rows  {path}")
-        return
-    located = locate(args, chosen_sources(args, parts))
-    absent = [part for part in parts if not any(source.part == part for source, _ in located)]
-    if absent and (named or len(absent) == len(PARTS)):
-        known = ", ".join(s.name for s in sources.ALL if s.part in absent)
-        raise UserError(f"no dataset for {', '.join(absent)} in {args.path}; folders it could hold: {known}")
-    for part in absent:
-        print(f"{part}: no known dataset in {args.path}, nothing written")
-    limits = Limits(SMALL_RECORDS if args.small else args.max_records, args.max_tokens)
-    for part in (part for part in parts if part not in absent):
-        of_part = [(source, files) for source, files in located if source.part == part]
-        tallies = write_part(part, of_part, args.output_dir, limits, args.seed, args.validation_fraction)
-        for repo, tally in tallies.items():
-            print(f"{part}: {repo}: {tally.read} rows read, {tally.written} written")
-            for reason, count in tally.dropped.most_common():
-                print(f"  {count} dropped: {reason}")
-        print(f"{part}: → {args.output_dir / part}")
+    else:
+        prepare_all(args)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,34 @@ def write_store(
         shards.append(shard.close())
     for name in ("records", "tokens"):
         counts[name] = sum(each[name] for each in shards)
-    manifest = {**facts, "columns": list(columns), "counts": dict(counts), "shards": shards}
+    return _write_manifest(directory, {**facts, "columns": list(columns), "counts": dict(counts), "shards": shards})
+
+
+def join_stores(parts: Sequence[Path], directory: Path) -> dict[str, Any]:
+    """Make one store of several by moving their shards, in this order; `UserError` unless all are alike. Returns the
+    manifest."""
+    manifests = [open_store(part).manifest for part in parts]
+    joined = {**manifests[0], "sources": [], "shards": []}
+    counts: Counter[str] = Counter()
+    aside = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for part, manifest in zip(parts, manifests, strict=True):
+        for name in manifest.keys() - {"sources", "shards", "counts"}:
+            if manifest[name] != joined[name]:
+                raise UserError(f"{part}: tokens of another {name} than those of {parts[0]}")
+        counts.update(manifest["counts"])
+        joined["sources"] += manifest["sources"]
+        for shard in manifest["shards"]:
+            name = f"shard-{len(joined['shards']):05d}.arrow"
+            os.link(part / shard["file"], aside / name)
+            joined["shards"].append({**shard, "file": name})
+    manifest = _write_manifest(aside, {**joined, "counts": dict(counts)})
+    os.replace(aside, directory)
+    return manifest
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     manifest = json.loads(json.dumps(manifest))
     write_json(directory / MANIFEST, {**manifest, "checksum": _digest(json.dumps(manifest, sort_keys=True))})
     return manifest

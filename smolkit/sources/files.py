@@ -1,54 +1,71 @@
 """Reading a public dataset's files row by row, from the hub or from a local copy of the same layout.
 
-The JSON Lines reader is our own: `datasets` streaming stops at the first malformed line, settles each column
-on one type (the string "7" comes back as a number) and reads a seventh as fast. Parquet goes through pyarrow,
-one group of rows at a time, so memory does not grow with the file. Both open files through fsspec, so the hub
-is one more file system; only `hub_files` and reading what it returns touch the network."""
+Every file is opened by `datasets`' streaming layer, so the hub's authentication, mirrors, retries and compression
+are its business and a local copy takes the same path. Rows are parsed here, file by file, because files of one
+dataset may have different columns, and because its builders do not fit: JSON gives up at the first malformed line and
+settles each column on one type (the string "7" comes back as a number), text forgets the encoding of remote and
+compressed files, Parquet reads ahead without limit while rows are converted (1.2 GB of memory for 1 GB of rows).
+Only `hub_files` and reading what it returns touch the network."""
 
+import codecs
 import fnmatch
+import functools
+import itertools
 import json
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import fsspec
-import pyarrow
-import pyarrow.parquet
+from typing import BinaryIO
 
 from smolkit.errors import UserError
 from smolkit.sources.base import Source
 
 BATCH_ROWS = 1000
+CHUNK_BYTES = 1 << 20  # of a JSON file that are read at a time
+BETWEEN = re.compile(r"[\s,]*")  # what stands between two elements of a JSON array
+SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a dataset; `path` is relative to its folder, `held_out`: the publisher's test set."""
+    """One file of a dataset; `path` is relative to its folder, `held_out`: the publisher's test set. `stamp`
+    changes with the file: size and time on disk, nothing on the hub, where the URL names a commit."""
 
     url: str
     path: str
     held_out: bool
+    stamp: str = ""
 
 
 class Unreadable(Exception):
     """A file (or one line of it) that does not parse; the message says why in a few words."""
 
 
-def hub_files(source: Source) -> list[DataFile]:
-    """The files of `source` on the hub at its pinned revision. Raises UserError when it cannot be listed."""
+class LayoutChanged(UserError):
+    """A file whose columns are not those that the converter knows."""
+
+
+def hub_files(
+    source: Source, chosen: Mapping[str, tuple[str, ...]] | None = None, revision: str | None = None
+) -> tuple[list[DataFile], str]:
+    """The files of `source` on the hub, and the commit they are of: `revision`, else the pinned one ("main" is
+    resolved). Raises UserError with a remedy when they cannot be listed or read."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
     url = f"https://huggingface.co/datasets/{source.repo}"
     elsewhere = "or take a copy on disk (--source local --path DIR) or the built-in data (--source tiny)"
+    revision = revision or source.revision
     try:
         api = HfApi()
         # The list of files of a gated repository is public; whether they may be read is asked first.
         api.auth_check(source.repo, repo_type="dataset")
-        paths = api.list_repo_files(source.repo, repo_type="dataset", revision=source.revision)
+        if revision == "main":
+            revision = api.dataset_info(source.repo, revision="main").sha
+        paths = api.list_repo_files(source.repo, repo_type="dataset", revision=revision)
     except (GatedRepoError, RepositoryNotFoundError):
         raise UserError(
             f"{source.repo} cannot be read with your account: accept its conditions at {url} and run "
@@ -59,8 +76,10 @@ def hub_files(source: Source) -> list[DataFile]:
             f"the hub could not be reached for {source.repo} ({first_line(error)}): check the network or set "
             f"HF_ENDPOINT to a mirror, {elsewhere}"
         ) from None
-    prefix = f"hf://datasets/{source.repo}@{source.revision}/"
-    return select(source, paths, prefix)
+    files = select(source, chosen or {}, {path: "" for path in paths}, f"hf://datasets/{source.repo}@{revision}/")
+    if not files:
+        raise UserError(f"{source.repo}@{revision}: no file matches {expected(source, chosen or {})}")
+    return files, revision
 
 
 def first_line(error: Exception) -> str:
@@ -68,34 +87,52 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def local_files(source: Source, folder: Path) -> list[DataFile]:
-    """The files of `source` in `folder`, a local copy of the repository."""
-    paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return select(source, paths, f"{folder.resolve().as_posix()}/")
+def local_files(source: Source, folder: Path, chosen: Mapping[str, tuple[str, ...]] | None = None) -> list[DataFile]:
+    """The files of `source` in `folder`, a local copy of the repository (also the hub's cache folder of it)."""
+    snapshots = sorted((folder / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime)
+    folder = snapshots[-1] if snapshots else folder
+    paths = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name.endswith(SUFFIXES) and path.is_file():
+            stat = path.stat()
+            paths[path.relative_to(folder).as_posix()] = f"{stat.st_size}-{stat.st_mtime_ns}"
+    return select(source, chosen or {}, paths, f"{folder.resolve().as_posix()}/")
 
 
-def select(source: Source, paths: list[str], prefix: str) -> list[DataFile]:
-    def matches(path: str, patterns: tuple[str, ...]) -> bool:
+def select(
+    source: Source, chosen: Mapping[str, tuple[str, ...]], stamps: Mapping[str, str], prefix: str
+) -> list[DataFile]:
+    """Those of the files (path → stamp) that belong to `source`, the publisher's held-out ones first."""
+    train, held_out = source.patterns(chosen)
+
+    def matches(path: str, patterns: list[str]) -> bool:
         return any(fnmatch.fnmatchcase(path, p) and path.count("/") == p.count("/") for p in patterns)
 
-    chosen = [(path, True) for path in paths if matches(path, source.held_out)]
-    chosen += [(path, False) for path in paths if matches(path, source.train)]
-    return [DataFile(prefix + path, path, held_out) for path, held_out in chosen]
+    found = [(path, True) for path in stamps if matches(path, held_out)]
+    found += [(path, False) for path in stamps if matches(path, train)]
+    return [DataFile(prefix + path, path, is_held_out, stamps[path]) for path, is_held_out in found]
+
+
+def expected(source: Source, chosen: Mapping[str, tuple[str, ...]]) -> str:
+    return " ".join(source.patterns(chosen)[0])
 
 
 def find_folder(source: Source, root: Path) -> Path | None:
     """The local copy of `source` in `root`: `root` itself or a folder below it that bears the dataset's name.
 
     Case and punctuation do not count, and an owner before the name (`BAAI/…`, `datasets--BAAI--…`) may be
-    there."""
+    there; a folder with the right owner is preferred (two datasets are called ultrafeedback_binarized)."""
 
     def plain(name: str) -> str:
         return re.sub(r"[^a-z0-9]", "", name.lower())
 
     owner, name = source.repo.split("/")
-    wanted = {plain(name), plain(owner + name), plain("datasets" + owner + name)}
-    candidates = [root, *sorted(p for p in root.glob("*") if p.is_dir()), root / owner / name]
-    return next((p for p in candidates if p.is_dir() and plain(p.name) in wanted), None)
+    with_owner, without = {plain(owner + name), plain("datasets" + owner + name)}, {plain(name)}
+    candidates = [root, *sorted(p for p in root.glob("*") if p.is_dir())]
+    deeper = sorted(p for p in root.glob("*/*") if p.is_dir())
+    below_owner = [p for p in [root, *deeper] if plain(p.parent.name + p.name) in with_owner]
+    named = [p for p in candidates if plain(p.name) in with_owner]
+    return next(iter(below_owner + named + [p for p in candidates + deeper if plain(p.name) in without]), None)
 
 
 def spread(files: list[DataFile], seed: int) -> list[DataFile]:
@@ -115,59 +152,127 @@ def spread(files: list[DataFile], seed: int) -> list[DataFile]:
     return ordered
 
 
-def read_rows(file: DataFile) -> Iterator[tuple[int, dict | Unreadable]]:
-    """(index, row) of a .parquet, .jsonl or .jsonl.gz/.zst file; a line that does not parse yields
-    `Unreadable` in the row's place, a file that does not raises it. A lost connection raises UserError: that
-    is no fault of the file."""
+def read_rows(file: DataFile, start: int = 0) -> Iterator[tuple[int, dict | Unreadable]]:
+    """(index, row) from row `start` on of a .parquet, .jsonl or .json file (a JSON array), plain or compressed;
+    a line that does not parse yields `Unreadable` in the row's place, a file that does not raises it. A lost
+    connection raises UserError: that is no fault of the file."""
+    import datasets
     from huggingface_hub.errors import HTTPError
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back as exceptions too
+    rows = _parquet_rows if file.path.endswith(".parquet") else _json_rows
     try:
-        if file.path.endswith(".parquet"):
-            yield from read_parquet(file)
-        else:
-            yield from read_json_lines(file)
+        yield from rows(file, start)
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise UserError(
-            f"{file.url}: connection lost ({first_line(error)}); nothing was written, try again"
+            f"{file.url}: connection lost ({first_line(error)}); run the same command again to go on"
         ) from None
-    except (pyarrow.ArrowInvalid, OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's errors are ValueErrors
         raise Unreadable(first_line(error)) from error
 
 
-def read_parquet(file: DataFile) -> Iterator[tuple[int, dict]]:
-    with fsspec.open(file.url, "rb") as handle:
+def _opened(file: DataFile) -> BinaryIO:
+    """The file's bytes as `datasets` streams them: decompressed, from disk or the hub, with its retries."""
+    import datasets
+    from datasets.utils.file_utils import xopen
+
+    return xopen(datasets.StreamingDownloadManager().extract(file.url), "rb")
+
+
+def _parquet_rows(file: DataFile, start: int) -> Iterator[tuple[int, dict]]:
+    from pyarrow.parquet import ParquetFile
+
+    with _opened(file) as stream, ParquetFile(stream, pre_buffer=False) as parquet:
         index = 0
-        for batch in pyarrow.parquet.ParquetFile(handle).iter_batches(batch_size=BATCH_ROWS):
-            for row in batch.to_pylist():
-                yield index, row
-                index += 1
-
-
-def read_json_lines(file: DataFile) -> Iterator[tuple[int, dict | Unreadable]]:
-    with fsspec.open(file.url, "rb", compression="infer") as handle:
-        for index, line in enumerate(handle):
-            if not line.strip():
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            if index + rows <= start:  # not even read
+                index += rows
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = Unreadable("malformed JSON or UTF-8")
-            if not isinstance(row, (dict, Unreadable)):
-                row = Unreadable("not a JSON object")
-            yield index, row
+            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group]):
+                skipped = min(max(0, start - index), len(batch))
+                yield from enumerate(batch.slice(skipped).to_pylist(), index + skipped)
+                index += len(batch)
+
+
+def _json_rows(file: DataFile, start: int) -> Iterator[tuple[int, dict | Unreadable]]:
+    with _opened(file) as stream:
+        chunks = iter(functools.partial(stream.read, CHUNK_BYTES), b"")
+        first = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+        is_array = ".jsonl" not in file.path and first.lstrip().startswith(b"[")
+        read = _array_rows if is_array else _line_rows
+        yield from read(itertools.chain([first], chunks), start)
+
+
+def _line_rows(chunks: Iterator[bytes], start: int) -> Iterator[tuple[int, dict | Unreadable]]:
+    for index, line in enumerate(_lines(chunks)):
+        if index >= start and line.strip():
+            yield index, _parse(line)
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their ends, cut at "\\n" only: texts hold other characters that Python takes for line ends."""
+    pieces: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        pieces.append(first)
+        if others:
+            yield b"".join(pieces)
+            yield from others[:-1]
+            pieces = [others[-1]]
+    yield b"".join(pieces)
+
+
+def _parse(line: bytes) -> dict | Unreadable:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return Unreadable("malformed JSON or UTF-8")
+    return row if isinstance(row, dict) else Unreadable("not a JSON object")
+
+
+def _array_rows(chunks: Iterator[bytes], start: int) -> Iterator[tuple[int, dict | Unreadable]]:
+    for index, value in enumerate(_array_values(codecs.iterdecode(chunks, "utf-8"))):
+        if index >= start:
+            yield index, value if isinstance(value, dict) else Unreadable("not a JSON object")
+
+
+def _array_values(chunks: Iterator[str]) -> Iterator[object]:
+    """The elements of a JSON array, one after the other: memory holds one element and the chunks it came in."""
+    decoder, text, at, exhausted = json.JSONDecoder(), next(chunks).lstrip(), 1, False
+    while True:
+        at = BETWEEN.match(text, at).end()
+        if text.startswith("]", at):
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except ValueError:
+            if exhausted:
+                raise ValueError("the JSON array is malformed or cut off") from None
+            # Incomplete so far: at least double the rest, so that a long element is not parsed chunk by chunk.
+            pieces, size = [text[at:]], 0
+            while size <= len(pieces[0]) and not exhausted:
+                piece = next(chunks, None)
+                exhausted = piece is None
+                pieces.append(piece or "")
+                size += len(pieces[-1])
+            text, at = "".join(pieces), 0
+        else:
+            yield value
 
 
 def check_columns(source: Source, file: DataFile, row: dict) -> None:
-    """Compare a file's first row with the schema that the converter knows, naming every difference."""
+    """Compare a file's first row with the schema that the converter knows, naming every difference. Raises
+    LayoutChanged."""
     problems = []
     for column, types in source.columns.items():
-        expected = " or ".join(t.__name__ for t in types)
+        wanted = " or ".join(t.__name__ for t in types)
         if column not in row:
-            problems.append(f"{column} is missing (expected {expected})")
+            problems.append(f"{column} is missing (expected {wanted})")
         elif row[column] is not None and not isinstance(row[column], types):
-            problems.append(f"{column} is {type(row[column]).__name__} (expected {expected})")
+            problems.append(f"{column} is {type(row[column]).__name__} (expected {wanted})")
     if problems:
-        raise UserError(
+        raise LayoutChanged(
             f"{file.url}: not the layout of {source.repo} that this converter knows: {'; '.join(problems)}. "
             f"Columns there: {', '.join(row)}. Update smolkit/sources or pin the revision"
         )

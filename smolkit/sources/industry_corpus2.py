@@ -3,14 +3,12 @@
 Apart from `text` the columns differ between the English and the Chinese files, and `industry_type` is Chinese
 in both; the category is therefore the industry's folder name."""
 
-from smolkit.sources.base import Rejected, RowContext, Source
+from smolkit.sources.base import Choice, RowContext, Source, text_record
 
 
 def convert(row: dict, context: RowContext) -> dict:
     """{"text": str, …} → {"text", "category"}."""
-    if not (row["text"] or "").strip():
-        raise Rejected("empty text")
-    return {"text": row["text"], "category": context.path.split("/")[-4]}
+    return text_record(row["text"], context.path.split("/")[-4])
 
 
 SOURCE = Source(
@@ -18,7 +16,12 @@ SOURCE = Source(
     part="pretrain",
     columns={"text": (str,)},
     convert=convert,
-    train=("*/english/high/*.parquet", "*/chinese/high/*.parquet"),
+    train=("{industry}/{language}/{quality}/*.parquet",),
+    choices={
+        "industry": Choice(("*",)),
+        "language": Choice(("english", "chinese"), ("english", "chinese")),
+        "quality": Choice(("high",), ("high", "middle", "low")),
+    },
     default=True,
     gated=True,
     licence="Apache-2.0",

@@ -6,25 +6,16 @@ ones. The revision is the one that corrected 2,628 wrong scores of 10. Rows of s
 out: that dataset is an evaluation set."""
 
 import hashlib
-import math
 import random
 
-from smolkit.sources.base import Rejected, RowContext, Source, pair_record
-
-
-def score_of(completion: dict) -> float | None:
-    """The overall score as a number, or None where it is missing or "N/A"."""
-    try:
-        score = float(completion.get("overall_score"))
-    except (TypeError, ValueError):
-        return None
-    return score if math.isfinite(score) else None
+from smolkit.sources.base import Rejected, RowContext, Source, as_number, pair_record
 
 
 def convert(row: dict, context: RowContext) -> dict:
     if row["source"] == "truthful_qa":
         raise Rejected("source truthful_qa is an evaluation set")
-    scored = [(score_of(c), c["response"]) for c in row["completions"] if (c.get("response") or "").strip()]
+    answers = [c for c in row["completions"] if (c.get("response") or "").strip()]
+    scored = [(as_number(c.get("overall_score")), c["response"]) for c in answers]
     scored = [(score, text) for score, text in scored if score is not None]
     if len(scored) < 2:
         raise Rejected("fewer than two scored answers")
@@ -35,7 +26,7 @@ def convert(row: dict, context: RowContext) -> dict:
     # Drawn from the seed and the row's own text, so that it does not depend on the order of files.
     digest = hashlib.blake2b(f"{context.seed}\n{row['instruction']}".encode(), digest_size=8).digest()
     rejected = random.Random(digest).choice(lower)
-    identifier = f"ultrafeedback-{context.path.split('/')[-1].split('.')[0]}-{context.index}"
+    identifier = f"ultrafeedback-{context.stem}-{context.index}"
     return pair_record("ultrafeedback", identifier, row["instruction"] or "", chosen, rejected)
 
 
