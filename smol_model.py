@@ -17,7 +17,7 @@ Features
 Shapes
     B batch   T query length   S key length   D hidden_size   H query heads   K key/value heads   Dh head_dim
     G = H / K query heads per key head   F expert or MLP width   E experts   k experts per token   L layers
-    V vocabulary   N = B * T tokens of a micro-batch   M = k * N routed slots
+    V vocabulary   N = B * T tokens of a micro-batch   M = k * N routed slots   R >= M rows of all experts
 """
 
 import math
@@ -671,14 +671,20 @@ class Router(nn.Module):
         return logits, probabilities, weights, experts
 
 
+# On a CPU every expert's rows are filled up to a multiple of this: oneDNN compiles and keeps a kernel for each number
+# of rows it meets, and an expert's share of a batch is another number every time.
+CPU_ROW_MULTIPLE = 8
+
+
 class Dispatch(NamedTuple):
     """Which slot goes where. A slot is one (choice, token) pair; slot = choice * N + token, so first choices
     come before second ones, and that order is kept inside an expert: it is the priority when capacity runs out."""
 
-    order: Tensor  # (M,) slots sorted by expert; those that nobody computes come last
-    inverse: Tensor  # (M,) position of each slot in `order`
+    order: Tensor  # (R,) slot of each row, sorted by expert, 0 for filling; R is M and room for that
+    inverse: Tensor  # (M,) row of each slot; those that nobody computes come last
     ends: Tensor  # (E,) int32: rows of expert e are order[ends[e-1]:ends[e]]
-    kept: Tensor | None  # (M, 1) bool, True for rows of `order` that some expert computes; None when all are
+    kept: Tensor  # (R, 1) bool, True for rows that hold a slot that its expert computes
+    complete: bool  # every slot is computed: neither a capacity limit nor padding
     load: Tensor  # (E,) slots per expert before the capacity limit, real tokens only
 
 
@@ -701,16 +707,30 @@ def dispatch(experts: Tensor, num_experts: int, capacity: Tensor | int | None, r
         sorted_expert, again = sorted_expert.masked_fill(overflow, num_experts).sort(stable=True)
         order = order[again]
         ends = torch.searchsorted(sorted_expert, bins, right=True, out_int32=True)
-    kept = None if capacity is None and real is None else (rows < ends[-1])[:, None]
-    return Dispatch(order, torch.empty_like(order).scatter_(0, order, rows), ends, kept, load)
+    multiple = CPU_ROW_MULTIPLE if experts.device.type == "cpu" else 1
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    filled_ends = (-(-sizes // multiple) * multiple).cumsum(0, dtype=torch.int32)
+    # Each expert's rows move down by what was filled up before it, and those past the last expert by all of it.
+    moved = torch.cat((F.pad(filled_ends - ends, (1, 0))[:-1], (filled_ends - ends)[-1:]))
+    rows = rows + moved[sorted_expert]
+    room = len(order) + num_experts * (multiple - 1)
+    kept = torch.zeros(room, dtype=torch.bool, device=rows.device).scatter_(0, rows, sorted_expert < num_experts)
+    return Dispatch(
+        order=rows.new_zeros(room).scatter_(0, rows, order),
+        inverse=torch.empty_like(order).scatter_(0, order, rows),
+        ends=filled_ends,
+        kept=kept[:, None],
+        complete=capacity is None and real is None,
+        load=load,
+    )
 
 
 class TokensToRows(torch.autograd.Function):
-    """(N, D) tokens -> (M, D) rows in expert order; its gradient is RowsToTokens, so neither needs atomic adds."""
+    """(N, D) tokens -> (R, D) rows in expert order; its gradient is RowsToTokens, so neither needs atomic adds."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, plan: Dispatch) -> Tensor:
-        ctx.plan, ctx.copies = plan, len(plan.order) // len(tokens)
+        ctx.plan, ctx.copies = plan, len(plan.inverse) // len(tokens)
         return tokens.index_select(0, plan.order % len(tokens))
 
     @staticmethod
@@ -719,11 +739,11 @@ class TokensToRows(torch.autograd.Function):
 
 
 class RowsToTokens(torch.autograd.Function):
-    """(M, D) rows in expert order -> (N, D): the sum of each token's rows."""
+    """(R, D) rows in expert order -> (N, D): the sum of each token's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, plan: Dispatch, copies: int) -> Tensor:
-        ctx.plan, ctx.tokens = plan, len(rows) // copies
+        ctx.plan, ctx.tokens = plan, len(plan.inverse) // copies
         return rows.index_select(0, plan.inverse).view(copies, -1, rows.shape[-1]).sum(0)
 
     @staticmethod
@@ -732,9 +752,9 @@ class RowsToTokens(torch.autograd.Function):
 
 
 def combine(rows: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
-    """Expert outputs `rows` (M, D) times the router's `weights` (N, k), summed per token: (N, D)."""
-    row_weights = weights.t().reshape(-1)[plan.order].to(rows.dtype)  # (M,)
-    return RowsToTokens.apply(rows * row_weights[:, None], plan, weights.shape[1])
+    """Expert outputs `rows` (R, D) times the router's `weights` (N, k), summed per token: (N, D)."""
+    row_weights = weights.t().reshape(-1)[plan.order, None].masked_fill(~plan.kept, 0.0)  # (R, 1)
+    return RowsToTokens.apply(rows * row_weights.to(rows.dtype), plan, weights.shape[1])
 
 
 class Experts(nn.Module):
@@ -805,11 +825,11 @@ class SparseMoE(nn.Module):
         logits, probabilities, weights, experts = self.gate(tokens)
         capacity = self.capacity(experts, real) if self.training and self.capacity_factor is not None else None
         plan = dispatch(experts, self.num_experts, capacity, real)
-        rows = TokensToRows.apply(tokens, plan)  # (M, D)
-        if plan.kept is not None:  # undefined rows must stay out of the sums and out of the gradients
+        rows = TokensToRows.apply(tokens, plan)  # (R, D)
+        if not plan.complete:  # undefined rows must stay out of the sums and out of the gradients
             rows = rows.masked_fill(~plan.kept, 0.0)
         rows = self.experts(rows, plan.ends)
-        if plan.kept is not None:
+        if not plan.complete:
             rows = rows.masked_fill(~plan.kept, 0.0)
         output = combine(rows, weights, plan).to(x.dtype).view_as(x)
         return output, logits, router_stats(logits, probabilities, plan, real)
@@ -830,7 +850,7 @@ def router_stats(logits: Tensor, probabilities: Tensor, plan: Dispatch, real: Te
     log_partition = logits.logsumexp(-1)  # (N,)
     with torch.no_grad():
         entropy = share @ (log_partition - (probabilities * logits).sum(-1))
-        dropped = 1 - plan.ends[-1] / slots
+        dropped = 1 - plan.kept.sum() / slots
     return RouterStats(aux_loss, share @ log_partition.square(), load, entropy, dropped)
 
 

@@ -65,8 +65,8 @@ class Case:
     length: int  # tokens of a row
     sides: tuple[str, ...]
     targets: tuple[Target, ...] = ()
-    # Steps of a round that are not counted, and those that are. Small models need more of the first: the heap of an 85M
-    # MoE stops growing only after some 20 steps, and until then its growth costs page faults.
+    # Steps of a round that are not counted, and those that are. Small models need more of the first: until a heap of
+    # blocks of many sizes stops growing, its growth costs page faults.
     warmup: int = 2
     steps: int = 4
 
@@ -93,7 +93,7 @@ MOE = ("ours", "ours+dropless", "transformers", "transformers+prepared", "litgpt
 CUDA = ("ours", "ours+compile", "ours+flash", "ours+compile+flash", "transformers", "transformers+compile")
 CASES = {
     "tiny": Case(preset("tiny"), 4, 128, DENSE, warmup=20, steps=20),
-    "tiny-moe": Case(preset("tiny-moe"), 4, 128, MOE, warmup=40, steps=20),
+    "tiny-moe": Case(preset("tiny-moe"), 4, 128, MOE, warmup=20, steps=20),
     "6.7m": Case(
         shape(256, 8, 8, 2, 704, 4096), 8, 256, DENSE, (Target("ours", "speed", 1.6, "transformers"),), 15, 10
     ),
@@ -117,8 +117,8 @@ CASES = {
             for side in ("ours", "ours+dropless")
             for peer, limit in (("transformers", 2.0), ("litgpt", 1.3))
         ),
-        20,
-        6,
+        10,
+        8,
     ),
     "vocab": Case(
         SMOLLM2_135M | {"vocab_size": 151_936},
