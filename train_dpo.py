@@ -22,7 +22,6 @@ from trl import DPOTrainer
 
 from smolkit.arguments import DpoArguments, DpoTrainingArguments, parse
 from smolkit.checkpoints import (
-    attention_kernel,
     build_model,
     describe_model,
     load_config,
@@ -154,11 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     )
 
-    attention = attention_kernel(stage.attn_implementation, max_length, args.use_cpu)
     separate = reference_path != stage.model_path or not args.precompute_ref_log_probs
-    reference = build_model(reference_config, reference_path, job.dtype, attention) if separate else None
+    kernel = stage.attn_implementation
+    reference = build_model(reference_config, reference_path, job.dtype, kernel) if separate else None
     quiet = without_noise(config) if args.disable_dropout else config
-    model = build_model(quiet, stage.model_path, job.dtype, attention)
+    model = build_model(quiet, stage.model_path, job.dtype, kernel)
     trainer = PreferenceTrainer(
         model=model,
         ref_model=reference,

@@ -17,7 +17,6 @@ from trl import SFTTrainer
 
 from smolkit.arguments import NewModelArguments, SftArguments, SftTrainingArguments, parse
 from smolkit.checkpoints import (
-    attention_kernel,
     build_model,
     describe_model,
     model_card,
@@ -63,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     )
 
-    attention = attention_kernel(stage.attn_implementation, max_length, args.use_cpu)
     prepare(args.seed)  # random weights depend on the seed, not on what ran before
-    model = build_model(config, stage.base_model, job.dtype, attention)
+    model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
     job.begin()
     trainer = FullSftTrainer(
         model=model,

@@ -19,7 +19,6 @@ from trl import SFTTrainer
 from smol_model import SmolConfig
 from smolkit.arguments import LoraArguments, LoraTrainingArguments, parse
 from smolkit.checkpoints import (
-    attention_kernel,
     build_model,
     describe_model,
     model_card,
@@ -110,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     )
 
-    attention = attention_kernel(stage.attn_implementation, max_length, args.use_cpu)
-    model = build_model(config, stage.base_model, job.dtype, attention)
+    model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
     try:
         trainer = LoraTrainer(
             model=model,

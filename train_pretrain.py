@@ -17,7 +17,6 @@ from transformers import Trainer
 
 from smolkit.arguments import NewModelArguments, PretrainArguments, PretrainTrainingArguments, parse
 from smolkit.checkpoints import (
-    attention_kernel,
     build_model,
     describe_model,
     document_end_id,
@@ -69,9 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     )
 
-    attention = attention_kernel(stage.attn_implementation, block_size, args.use_cpu)
     prepare(args.seed)  # random weights depend on the seed, not on what ran before
-    model = build_model(config, stage.base_model, job.dtype, attention)
+    model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
     job.begin()
     trainer = PretrainTrainer(
         model=model,

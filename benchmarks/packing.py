@@ -37,7 +37,7 @@ import prepare_datasets
 import train_tokenizer
 from smol_model import preset_config
 from smolkit.chat import add_chat_tokens
-from smolkit.checkpoints import attention_kernel, build_model, document_end_id
+from smolkit.checkpoints import build_model, document_end_id
 from smolkit.doctor import read_pretrain
 from smolkit.errors import UserError, run
 from smolkit.optimizer import MasterAdamW
@@ -223,8 +223,8 @@ class Model:
 
     def __init__(self, vocab_size: int):
         prepare(0)
-        dtype, attention = compute_dtype("auto"), attention_kernel("auto", 512, on_cpu=True)
-        self.model = build_model(preset_config("tiny", vocab_size=vocab_size), None, dtype, attention).train()
+        dtype = compute_dtype("auto")
+        self.model = build_model(preset_config("tiny", vocab_size=vocab_size), None, dtype).train()
         plain = partial(torch.optim.AdamW, fused=True)
         self.optimizer = (plain if dtype == torch.float32 else MasterAdamW)(self.model.parameters(), lr=1e-3)
 

@@ -36,7 +36,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from benchmarks import common
 from benchmarks.train_step import LEARNING_RATE, MAX_NORM, SEED
-from smolkit.checkpoints import attention_kernel, build_model, document_end_id, load_config
+from smolkit.checkpoints import build_model, document_end_id, load_config
 from smolkit.errors import run
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, PackedCollator, pack_conversations, pack_texts, preference_pairs
@@ -130,7 +130,7 @@ def measure_bare(home: str, stage: str, steps: int) -> dict[str, Any]:
     checkpoint, tokenizer_path = Path(home, "checkpoint"), Path(home, "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     config = load_config(checkpoint, tokenizer, tokenizer_path)
-    model = build_model(config, checkpoint, torch.bfloat16, attention_kernel("auto", length, on_cpu=True)).train()
+    model = build_model(config, checkpoint, torch.bfloat16).train()
     optimizer = MasterAdamW(model.parameters(), lr=LEARNING_RATE)
     tokens, starts = [], []
     for batch in islice(batches(*stage_rows(Path(home), stage, tokenizer), size), WARMUP + steps + 1):

@@ -6,7 +6,7 @@
 A step is forward, backward, clipping to norm 1, AdamW. Sides, each in its own process, taking turns:
 
   ours          as the training scripts run it: smolkit.runtime.prepare, bf16 weights with fp32 masters (MasterAdamW),
-                the attention kernel that --attn_implementation auto chooses
+                the attention kernel that the scripts take without --attn_implementation
   transformers  as its Trainer would run it untouched: fp32 weights under bf16 autocast, fused AdamW
   litgpt        the same, with litgpt's model and its chunked cross-entropy; taken when it is importable:
                 pip install --no-deps -r requirements-bench.txt
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from benchmarks.peers import PEERS
 from smol_model import SmolConfig, flops_per_token
-from smolkit.checkpoints import attention_kernel, build_model
+from smolkit.checkpoints import build_model
 from smolkit.errors import UserError, run
 from smolkit.optimizer import MasterAdamW
 from smolkit.runtime import prepare
@@ -82,8 +82,7 @@ class Side:
         if self.base == "ours":
             if "dropless" in self.options:
                 config.capacity_factor = None
-            attention = self.attention or attention_kernel("auto", length, device.type == "cpu")
-            model = build_model(config, None, torch.bfloat16, attention).to(device)
+            model = build_model(config, None, torch.bfloat16, self.attention or "sdpa").to(device)
             optimizer = MasterAdamW(model.parameters(), lr=LEARNING_RATE)
         else:
             options = {"attention": self.attention} if self.base == "transformers" else {}

@@ -69,8 +69,8 @@ class StageArguments:
         "auto",
         "Dtype of the final weights, cast from the masters. auto: the dtype of the weights in training.",
     )
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = option(
-        "auto", "Attention kernel; auto lets the model choose."
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = option(
+        "sdpa", "Attention kernel. sdpa is the fastest that needs no other package; on a CPU the model refines it."
     )
     data_cache_dir: str | None = option(
         None,

@@ -199,13 +199,6 @@ def resize_vocabulary(
     return f"saved {target}: {before:,} → {rows:,} vocabulary rows for {len(tokenizer):,} entries"
 
 
-def attention_kernel(name: str, length: int, on_cpu: bool) -> str:
-    """`--attn_implementation`; auto is eager for short rows on a CPU, where it is faster."""
-    if name != "auto":
-        return name
-    return "sdpa"
-
-
 def row_length(length: int | None, default: int, config: SmolConfig, flag: str) -> int:
     """The row length asked for with `flag`, or `default` cut to the context; `UserError` beyond that."""
     if length is None:
