@@ -26,9 +26,7 @@ from smolkit.runtime import compute_dtype, default_device, prepare
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--model_path",
@@ -42,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--implementation",
         choices=["smol", "transformers"],
         default="smol",
-        help="whose model code (default: smol)",
+        help="whose model code and generation (default: smol)",
     )
     add("--exam", type=Path, help="exam items (JSON Lines)")
     add("--kinds", nargs="+", help="only exam items of these kinds: qa, tool, refusal, skill")
@@ -90,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_exam(args: argparse.Namespace, model, tokenizer, items: list[dict], output_dir: Path) -> dict:
-    generate = evaluation.engine_generate(model, tokenizer, args.max_new_tokens, args.batch_size)
+    generate = evaluation.generate_with(model, tokenizer, args.max_new_tokens, args.batch_size)
     answers = evaluation.take_exam(items, tokenizer, generate)
     metrics = evaluation.exam_metrics(items, answers)
     if args.compare_with:
@@ -107,8 +105,8 @@ def run_exam(args: argparse.Namespace, model, tokenizer, items: list[dict], outp
 
 def run_preferences(args: argparse.Namespace, model, tokenizer, pairs: list[dict], output_dir: Path) -> dict:
     metrics = evaluation.preference_metrics(model, tokenizer, pairs)
-    sampling = {"temperature": args.temperature, "seed": args.seed}
-    generate = evaluation.engine_generate(model, tokenizer, args.max_new_tokens, args.batch_size, **sampling)
+    limits = (args.max_new_tokens, args.batch_size)
+    generate = evaluation.generate_with(model, tokenizer, *limits, args.temperature, args.seed)
     quality, samples = evaluation.preferred_quality(tokenizer, pairs, generate)
     if samples:
         write_rows(output_dir / "samples.jsonl", samples)
