@@ -20,6 +20,7 @@ from pathlib import Path
 from smolkit import evaluation
 from smolkit.checkpoints import load_tokenizer
 from smolkit.doctor import read_dpo
+from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError, run
 from smolkit.files import atomic_writer, write_json
 from smolkit.runtime import compute_dtype, default_device, prepare
@@ -134,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     items = evaluation.read_exam(args.exam, args.kinds, args.max_items) if args.exam else []
     pairs = list(itertools.islice(read_dpo(args.preferences), args.max_items)) if args.preferences else []
     texts = evaluation.read_texts(args.text, args.max_items) if args.text else []
+    for warning in glance([path for path in (args.preferences, args.text) if path], mixed=True):
+        print(f"warning: {warning}")
     tokenizer = load_tokenizer(args.tokenizer_path or args.model_path)
     place = (compute_dtype(args.dtype), args.device or default_device())
     model = evaluation.load_model(args.model_path, tokenizer, args.implementation, args.adapter, *place)

@@ -291,7 +291,7 @@ def test_the_script_on_a_toy_checkpoint(
     items = [item(i, "qa", "en", "x", chance=0.1) for i in range(5)] + [item(9, "tool", "zh", WANTED, tools=[TOOL])]
     exam.write_text("".join(json.dumps(i) + "\n" for i in items))
     pairs = tmp_path / "pairs.jsonl"
-    row = {"id": "p", "source": "t", "prompt": "Who?", "chosen": "Ada. Bye!", "rejected": "Ada"}
+    row = {"id": "p", "source": "t", "prompt": "Who <|im_end|>?", "chosen": "Ada. Bye!", "rejected": "Ada"}
     pairs.write_text(json.dumps({**row, "quality": {"must_end_with": ["Bye!"]}}) + "\n")
     text = tmp_path / "text.txt"
     text.write_text("The job of Ada is baker. 你好，世界。")
@@ -314,6 +314,7 @@ def test_the_script_on_a_toy_checkpoint(
     assert metrics["preferred_quality_n"] == 1 and metrics["text_bytes"] == len(text.read_bytes())
     assert {"preference_accuracy", "tool_exact_zh", "ends_by_itself", "bits_per_byte"} <= set(metrics)
     assert "same_greedy_answers" in result.stdout
+    assert "warning:" in result.stdout and "<|im_end|>" in result.stdout  # the doctor's glance at what is read
     assert len((out / "answers.jsonl").read_text().splitlines()) == 6
 
     theirs = ("--implementation", "transformers", "--compare_with", out / "answers.jsonl")
