@@ -6,8 +6,10 @@ prediction: a sum over trained tokens divided by their global number, in trainin
 """
 
 import json
+import math
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
 from smolkit.progress import Progress
 from smolkit.runs import complete
+from smolkit.tokenizer import token_bytes
+
+DEAD = 0.1  # an expert with less than this part of an equal share of a micro-batch learns next to nothing
+
 
 # --- trainers -----------------------------------------------------------------------------------------------
 
@@ -33,12 +39,17 @@ from smolkit.runs import complete
 class TrainerMixin:
     """Put before `Trainer` or a TRL trainer in the bases. Nothing here depends on what is trained."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, progress: Progress | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.progress = Progress()
-        self.add_callback(self.progress)
+        self.progress = progress or Progress()
+        self.progress.evaluates = self.eval_dataset is not None
+        if self.progress.samples is not None:
+            if self.is_sharded() and not isinstance(self.model, SmolForCausalLM):
+                raise UserError("--sample_prompts: an adapter on sharded weights cannot generate; leave it out")
+            self.progress.samples.whole = self.whole_model
+        self.callback_handler.callbacks.insert(0, self.progress)  # before the reporters: it adds the speed to the logs
         self._tokens = 0  # input tokens this process has trained on since the last log
         self._flops_per_token: float | None = None
         self._router: dict[str, torch.Tensor] = {}
@@ -116,7 +127,11 @@ class TrainerMixin:
             config = self.model.config
             length = inputs["input_ids"].shape[-1]
             exact = isinstance(config, SmolConfig)
-            self._flops_per_token = flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
+            flops = flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
+            products = flops_per_token(config, -1) if exact else flops  # without attention, whose length is T + 1
+            sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+            frozen = sum(size for size, trained in sizes if not trained) / sum(size for size, _ in sizes)
+            self._flops_per_token = flops - frozen * products / 3  # frozen weights need no gradient of their own
         return self._flops_per_token * inputs["input_ids"].numel()
 
     def observe_router(self, outputs: Any) -> None:
@@ -133,6 +148,7 @@ class TrainerMixin:
                 "router/dropped": stats.dropped.mean(),
                 "router/load_max": load.amax(-1).mean(),
                 "router/load_min": load.amin(-1).mean(),
+                "router/dead": (load < DEAD).float().mean(),
             }
         for name, value in values.items():
             self._router[name] = self._router.get(name, 0.0) + value.detach()
@@ -147,6 +163,36 @@ class TrainerMixin:
                 logs |= {name: float(value) / self._router_batches for name, value in self._router.items()}
                 self._router, self._router_batches = {}, 0
         super().log(logs, start_time)
+
+    # evaluation and samples
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Metrics of the finished model on the validation rows; evaluates only where training has not done so.
+
+        The last step of a training evaluates; when the best checkpoint was loaded instead of the last one, that is
+        another model.
+        """
+        for logs in reversed(self.state.log_history):
+            if "eval_loss" in logs and logs["step"] == self.state.global_step:
+                if not self.args.load_best_model_at_end or self.state.best_global_step == self.state.global_step:
+                    return logs
+        return self.evaluate()
+
+    def is_sharded(self) -> bool:
+        """Whether the weights may lie in parts on several processes."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def whole_model(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """The model to sample from, on the main process; None on the others. Call it on all processes (it gathers)."""
+        if not self.is_sharded():
+            return self.accelerator.unwrap_model(model) if self.args.process_index == 0 else None
+        state = final_weights(self)
+        if self.args.process_index:
+            return None
+        copy = SmolForCausalLM(deepcopy(self.model.config))
+        missing, unexpected = copy.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= set(copy._tied_weights_keys), (missing, unexpected)
+        return copy.to(device=self.args.device, dtype=next(self.model.parameters()).dtype)
 
     # checkpoints
 
@@ -248,23 +294,34 @@ class TokenLossMixin:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean loss over trained *tokens*; the library averages over batches, whatever they hold."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        model = self.model_wrapped if sharded else self.model
+        """Mean loss over trained *tokens*, and bits per byte; the library averages over batches, whatever they hold."""
+        model = self.model_wrapped if self.is_sharded() else self.model
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        sizes = token_bytes(self.processing_class)
+        table = None if sizes is None else torch.from_numpy(sizes).to(self.args.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # nats, tokens, bytes
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.accelerator.autocast():
                 # A divisor of 1 gives the sum; no cache and one position of logits keep it cheap.
                 loss = model(**inputs, num_items_in_batch=1, use_cache=False, logits_to_keep=1).loss
-            total += torch.stack((loss.double(), (inputs["labels"][:, 1:] != IGNORE).sum().double()))
+            predicted = inputs["labels"][:, 1:]
+            predicted = predicted[predicted != IGNORE]
+            total[0] += loss
+            total[1] += len(predicted)
+            if table is not None:
+                total[2] += table[predicted].sum()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss_sum, tokens = self.accelerator.reduce(total, "sum").tolist()
+        nats, tokens, size = self.accelerator.reduce(total, "sum").tolist()
         metrics = {
-            f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1),
+            f"{metric_key_prefix}_loss": nats / max(tokens, 1),
             f"{metric_key_prefix}_tokens": int(tokens),
         }
+        if size:
+            # Of exactly the text whose tokens were predicted. Control tokens (the end of a document or a reply) have no
+            # bytes, but their nats count: the figure is an upper bound, and a tight one for longer texts.
+            metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / size
+            metrics[f"{metric_key_prefix}_bytes"] = int(size)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
 
