@@ -18,13 +18,17 @@ COLOURS = ("#2f6fdf", "#d9731a", "#1a8f6b", "#a8409c")  # for the PNG; the page 
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel: `lines` are (metric, label); `level` is a horizontal line to compare with; values times `scale`."""
+    """A panel: `lines` are (metric, label); `level` is a horizontal line to compare with; values times `scale`.
+
+    `noisy`: a moving average is drawn over the points, where there are many.
+    """
 
     title: str
     lines: tuple[tuple[str, str], ...]
     level: float | None = None
     level_label: str = ""
     scale: float = 1.0
+    noisy: bool = True
 
 
 LOSS = Chart("Loss", (("loss", "training"), ("eval_loss", "validation")))
@@ -42,7 +46,7 @@ LEARNED = (
     ),
     Chart("Log-probability of an answer", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
     Chart("Gradient norm before clipping", (("grad_norm", "gradient norm"),)),
-    Chart("Learning rate", (("learning_rate", "learning rate"),)),
+    Chart("Learning rate", (("learning_rate", "learning rate"),), noisy=False),
     Chart("Load of the experts", (("router/load_max", "busiest"), ("router/load_min", "idlest")), 1, "equal share"),
     Chart("Router entropy, nats", (("router/entropy", "entropy"),)),
     Chart("Experts left out, %", (("router/dropped", "places dropped"), ("router/dead", "experts idle")), scale=100),
@@ -50,7 +54,7 @@ LEARNED = (
 SPEED = (
     Chart("Tokens per second", (("tokens_per_second", "tokens/s"),)),
     Chart("Model FLOPs utilisation, %", (("mfu", "MFU"),), scale=100),
-    Chart("Memory, GiB", (("memory_bytes", "memory"),), scale=2**-30),
+    Chart("Memory, GiB", (("memory_bytes", "memory"),), scale=2**-30, noisy=False),
 )
 
 
@@ -62,11 +66,12 @@ class Line:
     label: str
     steps: list[int]
     values: list[float]
+    noisy: bool = True
 
     @property
     def trend(self) -> tuple[list[int], list[float]] | None:
-        width = len(self.values) // 25
-        if width < 2:
+        width = len(self.values) // 25 // 2 * 2 + 1  # odd: the mean belongs to the step in its middle
+        if width < 3 or not self.noisy:
             return None
         middle = self.steps[width // 2 : width // 2 + len(self.values) - width + 1]
         return middle, smoothed(self.values, width)
@@ -78,21 +83,23 @@ class Panel:
 
     chart: Chart
     lines: list[Line]
+    steps: tuple[int, int]  # of the whole run: all panels have the same axis
 
 
 def panels(metrics: Sequence[dict[str, Any]], timing: Sequence[dict[str, Any]], coin_toss: bool) -> list[Panel]:
     """The charts for which there is data. `coin_toss`: mark ln 2 in the loss, where that is chance."""
     loss = Chart(LOSS.title, LOSS.lines, math.log(2), "ln 2: a coin toss") if coin_toss else LOSS
     found = []
+    steps = [row["step"] for row in (*metrics, *timing)]
     for charts, rows in (((loss, *LEARNED), metrics), (SPEED, timing)):
         for chart in charts:
             lines = []
             for metric, label in chart.lines:
-                steps, values = series(rows, metric)
+                at, values = series(rows, metric)
                 if values:
-                    lines.append(Line(metric, label, steps, [value * chart.scale for value in values]))
+                    lines.append(Line(metric, label, at, [value * chart.scale for value in values], chart.noisy))
             if lines:
-                found.append(Panel(chart, lines))
+                found.append(Panel(chart, lines, (min(steps), max(*steps, min(steps) + 1))))
     return found
 
 
@@ -135,10 +142,8 @@ def bounds(panel: Panel) -> tuple[float, float, float, float]:
     values += [] if panel.chart.level is None else [panel.chart.level]
     low, high = min(values), max(values)
     air = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    steps = [step for line in panel.lines for step in line.steps]
-    first, last = min(steps), max(steps)
     # Nothing here but rewards and log-probabilities is ever negative: no axis below 0 for the others.
-    return first, max(last, first + 1), max(low - air, 0.0) if low >= 0 else low - air, high + air
+    return *panel.steps, max(low - air, 0.0) if low >= 0 else low - air, high + air
 
 
 def svg(panel: Panel, index: int) -> str:
@@ -204,6 +209,7 @@ def write_png(found: Sequence[Panel], path: Path) -> None:
             axis.plot(steps, values, color=colour, linewidth=1.4, label=label, **few)
         if panel.chart.level is not None:
             axis.axhline(panel.chart.level, color="grey", linewidth=0.8, linestyle="--")
+        axis.set_xlim(*panel.steps)
         axis.set_title(panel.chart.title, fontsize=10)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)

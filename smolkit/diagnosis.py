@@ -62,8 +62,9 @@ class Diagnosis:
 
     @property
     def verdict(self) -> Level:
-        """The worst level among the findings."""
-        return max((finding.level for finding in self.findings), key=LEVELS.index, default="note")
+        """The worst level among the findings; a note beside something good does not spoil it."""
+        levels = {finding.level for finding in self.findings}
+        return next((level for level in ("problem", "warning", "good") if level in levels), "note")
 
     def lines(self) -> list[str]:
         """The findings for a terminal."""

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ REPORT_FILES = ("report.html", "curves.png", "diagnosis.json")
 MOST_ROWS, MOST_SAMPLES = 200, 8  # shown in the table of figures; of each prompt
 VERDICTS = {
     "good": "This run looks good.",
-    "note": "Nothing wrong was found.",
+    "note": "Too little to judge.",
     "warning": "Something here deserves a look.",
     "problem": "Something went wrong.",
 }
@@ -72,9 +72,13 @@ def read_run(directory: Path) -> Run:
     return Run(directory.resolve().name, metrics, timing, samples, settings, setting, finished)
 
 
-def write_report(directory: Path) -> str:
-    """Write the files of the report; returns what to print: the findings and where the page is."""
+def write_report(directory: Path, finished: bool = False) -> str:
+    """Write the files of the report; returns what to print: the findings and where the page is.
+
+    `finished`: the run is, though the mark of it is not on disk yet.
+    """
     found = read_run(directory)
+    found = replace(found, finished=found.finished or finished)
     verdict = diagnose(found.metrics, found.setting)
     preferences = verdict.kind == "preferences"
     drawn = panels(found.metrics, found.timing, preferences and tuple(found.setting.losses) == ("sigmoid",))
@@ -148,17 +152,17 @@ def cards(found: Run) -> list[tuple[str, str, str]]:
         result.append(("tokens", short(tokens[-1]), f"{max(row['step'] for row in found.metrics):,} steps"))
     for label, name, scale, unit, small in (
         ("speed", "tokens_per_second", 1, "", "tokens/s, median"),
-        ("MFU", "mfu", 100, " %", "of the device's peak, median"),
+        ("MFU", "mfu", 100, " %", "of peak, median"),
     ):
         _, values = series(found.timing, name)
         if values:
             result.append((label, number(round(median(values) * scale, 1)) + unit, small))
     _, memory = series(found.timing, "memory_bytes")
     if memory:
-        result.append(("memory", f"{max(memory) / 2**30:.1f} GiB", "main process, at most"))
+        result.append(("memory", f"{max(memory) / 2**30:.1f} GiB", "at most"))
     seconds = elapsed(found.timing)
     if seconds:
-        result.append(("time", duration(seconds), "of training, evaluation included"))
+        result.append(("time", duration(seconds), "in all"))
     return result
 
 

@@ -112,7 +112,7 @@ def complete(args: TrainingArguments, step: int) -> None:
     """Leave the arguments as JSON, the report with its verdict, and the mark of a finished run."""
     directory = Path(args.output_dir)
     write_json(directory / "training_arguments.json", json.loads(args.to_json_string()))
-    print(write_report(directory), flush=True)
+    print(write_report(directory, finished=True), flush=True)
     write_json(directory / COMPLETE_FILE, {"step": step})
 
 
