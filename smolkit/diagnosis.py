@@ -154,6 +154,18 @@ def _learning(rows: Sequence[dict[str, Any]], setting: Setting) -> Iterator[Find
         return
     width = max(2, len(losses) // 10)
     means = smoothed(losses, width)
+    highest = max(range(len(means)), key=means.__getitem__)
+    start = guessing or losses[0]
+    if means[highest] > 1.5 * start + 0.5:
+        told = "what guessing costs" if guessing else "where it began"
+        yield Finding(
+            "problem",
+            "diverged",
+            f"The loss rose to {means[highest]:.2f} around step {steps[highest]}, far above {told} ({start:.2f}); it "
+            f"ended at {now:.2f}.",
+            "the learning rate is too high: lower --learning_rate, raise --warmup_steps",
+        )
+        return
     lowest = min(range(len(means)), key=means.__getitem__)
     rise = means[-1] - means[lowest]
     # A tenth above its best in the first four fifths, and beyond noise: it went away from what it had learned.

@@ -169,7 +169,7 @@ def cards(found: Run) -> list[tuple[str, str, str]]:
 def elapsed(timing: Sequence[dict[str, Any]]) -> float:
     """Seconds of all parts of a run: the clock starts anew when it is continued."""
     _, clock = series(timing, "elapsed_seconds")
-    return sum(before for before, after in zip(clock, [*clock[1:], 0.0], strict=True) if after < before)
+    return sum(before for before, after in zip(clock, [*clock[1:], 0.0], strict=False) if after < before)
 
 
 def duration(seconds: float) -> str:
