@@ -37,7 +37,9 @@ LEARNED = (
     Chart(
         "Rewards against the reference", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), 0, "equal"
     ),
-    Chart("Reward margin", (("rewards/margins", "training"), ("eval_rewards/margins", "validation")), 0, "none"),
+    Chart(
+        "Reward margin", (("rewards/margins", "training"), ("eval_rewards/margins", "validation")), 0, "no preference"
+    ),
     Chart(
         "Preference accuracy",
         (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "validation")),
@@ -132,7 +134,7 @@ def number(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     if abs(value) < 1e-3:
-        return f"{value:.2e}".replace("e-0", "e-")
+        return f"{value:.3g}".replace("e-0", "e-")
     return f"{value:.4g}"
 
 
@@ -160,7 +162,7 @@ def svg(panel: Panel, index: int) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(panel.chart.title)}" data-chart="{index}" '
         f'data-x="{first} {last}" data-y="{low!r} {high!r}">'
     ]
-    for tick in ticks(low, high):
+    for tick in ticks(low, high, 6):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y(tick) + 4}" text-anchor="end">{number(tick)}</text>')
     for tick in ticks(first, last):

@@ -2,12 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import train_dpo
+import train_full_sft
 import train_pretrain
 import train_tokenizer
 
@@ -115,3 +118,68 @@ def test_sound_pairs_are_learned(world, tmp_path) -> None:
     found = align(world, tmp_path / "a", "sound", "--learning_rate", "5e-3")
     assert found["preference_learned"] == "good" and "flat" not in found
     assert align(world, tmp_path / "b", "sound", "--learning_rate", "0")["flat"] == "problem"
+
+
+def test_bits_per_byte_of_fine_tuning_are_those_of_the_answers(world, tmp_path) -> None:
+    random = np.random.default_rng(1)
+    talks = []
+    for turns in (1, 2, 3, 1):
+        talk = []
+        for _ in range(turns):
+            said = (("user", sentence(random)), ("assistant", "猫: " + sentence(random)))
+            talk += [{"role": role, "content": text} for role, text in said]
+        talks.append({"messages": talk})
+    write(tmp_path / "data" / "sft.jsonl", talks)
+    write(tmp_path / "data" / "validation" / "sft.jsonl", talks)
+    arguments = f"""--data_path {tmp_path}/data --base_model {world}/base --max_length 256 --max_steps 1
+        --per_device_train_batch_size 2 --disable_tqdm true --save_strategy no --output_dir {tmp_path}/out
+        --sample_tokens 4 --sample_prompts"""
+    train_full_sft.main([*arguments.split(), "What?"])
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    answers = [m["content"] for talk in talks for m in talk["messages"] if m["role"] == "assistant"]
+    assert row["eval_bytes"] == sum(len(answer.encode()) for answer in answers)
+    assert row["eval_tokens"] > len(answers)
+    (sample,) = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert sample["prompt"] == "What?" and sample["tokens"] <= 4
+
+
+FSDP = ["--fsdp", "full_shard auto_wrap", "--fsdp_config"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero3", "fsdp2"])
+def test_two_processes_sample_and_measure_like_one(kind: str, world, tmp_path) -> None:
+    """Weights that lie in parts on two processes are put together for the samples."""
+    more: list[str] = []
+    if kind == "zero3":
+        config = {"zero_optimization": {"stage": 3}, "train_batch_size": "auto", "zero_allow_untested_optimizer": True}
+        config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+        (tmp_path / "ds.json").write_text(json.dumps(config))
+        more = ["--deepspeed", str(tmp_path / "ds.json")]
+    if kind == "fsdp2":
+        wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["SmolDecoderLayer"]}
+        (tmp_path / "fsdp.json").write_text(json.dumps(wrapped))
+        more = [*FSDP, str(tmp_path / "fsdp.json")]
+
+    def command(output: Path, batch: int) -> list[str]:
+        arguments = f"""train_pretrain.py --data_path {world}/text --tokenizer_path {world}/tokenizer --model_size tiny
+            --block_size 32 --per_device_train_batch_size {batch} --logging_steps 1 --disable_tqdm true --max_steps 6
+            --save_strategy no --weights_dtype fp32 --learning_rate 1e-2 --eval_steps 3 --output_dir {output}
+            --model_overrides {SHAPE} --sample_tokens 6 --sample_prompts"""
+        return [*arguments.split(), "the cat", "a dog"]
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    started = [*launcher, *command(tmp_path / kind, 2), *more]
+    result = subprocess.run(started, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    train_pretrain.main(command(tmp_path / "one", 4)[1:])
+    one, two = (
+        {name: [json.loads(line) for line in (tmp_path / run / name).read_text().splitlines()] for name in names}
+        for names in [("metrics.jsonl", "timing.jsonl", "samples.jsonl")]
+        for run in ("one", kind)
+    )
+    assert two["samples.jsonl"] == one["samples.jsonl"] and len(one["samples.jsonl"]) == 2
+    for name in ("loss", "eval_loss", "eval_bits_per_byte", "eval_bytes", "tokens"):
+        values = [[row[name] for row in run["metrics.jsonl"] if name in row] for run in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-4), name
+    assert all(0 < row["mfu"] < 1 for row in two["timing.jsonl"] if "mfu" in row)
