@@ -370,6 +370,7 @@ def _preferences(rows: Sequence[dict[str, Any]], setting: Setting) -> Iterator[F
     else:
         yield Finding("good", "preference_learned", f"The model has learned to prefer the chosen answers ({figures}).")
         yield from _exploding(margins, margin, loss, accuracy, pure)
+    yield from _start(rows)
     yield from _falling(rows, chosen, rejected, margin, setting)
     yield from _held_out_preferences(rows, accuracy)
 
@@ -381,11 +382,27 @@ def _no_preference(rows: Sequence[dict[str, Any]], loss: float, figures: str, pu
         text += f": the loss stays at ln 2 = 0.693 ({loss:.3f}), a coin toss between the two answers"
     if rates and max(rates) == 0:
         return Finding("problem", "flat", f"{text}. The learning rate is 0.", "set --learning_rate")
+    if all(row["rewards/accuracies"] == 0 == row["rewards/margins"] for row in rows if "rewards/margins" in row):
+        text += ". Margin and accuracy are exactly 0: the two answers of every pair are the same text"
+        return Finding("problem", "flat", f"{text}.", "make pairs whose chosen and rejected answers differ")
     remedy = (
         "if the pairs are sound, raise --learning_rate or train longer; if chosen and rejected differ at random or are "
         "the same, no setting will help"
     )
     return Finding("problem", "flat", f"{text}.", remedy)
+
+
+def _start(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Policy and reference are to be the same model at first: then both rewards are 0."""
+    (_, chosen), (_, rejected) = series(rows, "rewards/chosen"), series(rows, "rewards/rejected")
+    if abs(chosen[0]) > 1 and abs(chosen[0]) > 2 * abs(chosen[0] - rejected[0]):
+        yield Finding(
+            "problem",
+            "different_start",
+            f"Both rewards are far from 0 at the very start ({chosen[0]:+.2f} and {rejected[0]:+.2f}): the policy did "
+            "not start from its reference.",
+            "give both the same fine-tuned checkpoint (--model_path, --ref_model_path)",
+        )
 
 
 def _exploding(margins: Sequence[float], margin: float, loss: float, accuracy: float, pure: bool) -> Iterator[Finding]:

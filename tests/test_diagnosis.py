@@ -188,6 +188,18 @@ def test_the_flat_run_says_why() -> None:
     assert finding.code == "flat" and "ln 2" not in finding.text
 
 
+def test_the_table_of_the_walk_through_is_read_as_it_should_be() -> None:
+    """Equal texts on both sides, a policy that is not its reference: 0.6931, -5.77 twice, accuracy and margin 0."""
+    figures = {"loss": 0.6931, "rewards/chosen": -5.77, "rewards/rejected": -5.77}
+    rows = [
+        {"step": 50 * i, "learning_rate": 1e-7, "rewards/margins": 0.0, "rewards/accuracies": 0.0} | figures
+        for i in range(1, 11)
+    ]
+    found = diagnose(rows)
+    assert {f.code: f.level for f in found.findings} == {"flat": "problem", "different_start": "problem"}
+    assert any("the same text" in f.text for f in found.findings)
+
+
 def test_held_out_pairs_decide_about_overfitting() -> None:
     rows = pairs(lambda at: 0.5 * at, lambda at: -1.5 * at, 0.98)
     worse = {"step": 24, "eval_loss": 0.7, "eval_rewards/accuracies": 0.55}
