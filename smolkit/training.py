@@ -129,7 +129,8 @@ class TrainerMixin:
             exact = isinstance(config, SmolConfig)
             flops = flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
             products = flops_per_token(config, -1) if exact else flops  # without attention, whose length is T + 1
-            sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+            # ZeRO-3 leaves empty tensors on a process, and says how large they are
+            sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.model.parameters()]
             frozen = sum(size for size, trained in sizes if not trained) / sum(size for size, _ in sizes)
             self._flops_per_token = flops - frozen * products / 3  # frozen weights need no gradient of their own
         return self._flops_per_token * inputs["input_ids"].numel()
@@ -189,7 +190,8 @@ class TrainerMixin:
         state = final_weights(self)
         if self.args.process_index:
             return None
-        copy = SmolForCausalLM(deepcopy(self.model.config))
+        with torch.random.fork_rng(devices=[]):  # training's random numbers are its own
+            copy = SmolForCausalLM(deepcopy(self.model.config))
         missing, unexpected = copy.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= set(copy._tied_weights_keys), (missing, unexpected)
         return copy.to(device=self.args.device, dtype=next(self.model.parameters()).dtype)
@@ -286,6 +288,13 @@ class TokenLossMixin:
 
         return DataLoader(range(rank, padded, world), batch_size=self.args.eval_batch_size, collate_fn=collate)
 
+    def byte_table(self) -> torch.Tensor | None:
+        """Bytes of each token id, (V,), made once; None where the tokenizer has no such thing."""
+        if not hasattr(self, "_byte_table"):
+            sizes = token_bytes(self.processing_class)
+            self._byte_table = None if sizes is None else torch.from_numpy(sizes).to(self.args.device)
+        return self._byte_table
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -297,8 +306,7 @@ class TokenLossMixin:
         """Mean loss over trained *tokens*, and bits per byte; the library averages over batches, whatever they hold."""
         model = self.model_wrapped if self.is_sharded() else self.model
         model.eval()
-        sizes = token_bytes(self.processing_class)
-        table = None if sizes is None else torch.from_numpy(sizes).to(self.args.device)
+        table = self.byte_table()
         total = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # nats, tokens, bytes
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
