@@ -55,6 +55,7 @@ class Progress(TrainerCallback):
         self.evaluates = False
         self.bar: Any = None
         self.writes = False
+        self.last_time = 0.0  # also without training: an evaluation alone asks for it
         self.peak: Peak | None = None
 
     def on_train_begin(

@@ -53,7 +53,6 @@ class Samples:
                 [prompt.input_ids for prompt in self.prompts],
                 self.max_new_tokens,
                 stops,
-                pad_id=self.tokenizer.pad_token_id,
                 vocab_limit=len(self.tokenizer),
             )
         return [
