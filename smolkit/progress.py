@@ -57,6 +57,7 @@ class Progress(TrainerCallback):
         self.writes = False
         self.last_time = 0.0  # also without training: an evaluation alone asks for it
         self.peak: Peak | None = None
+        self.last_time = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
