@@ -6,8 +6,6 @@ prediction: a sum over trained tokens divided by their global number, in trainin
 """
 
 import json
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,21 +15,20 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
-from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
-from smolkit.chat import save_tokenizer
+from smol_model import SmolConfig, flops_per_token
 from smolkit.checkpoints import save_final
 from smolkit.errors import UserError
-from smolkit.files import write_json
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
+from smolkit.persistence import PersistenceMixin
 from smolkit.runs import complete
 
 # --- trainers -----------------------------------------------------------------------------------------------
 
 
-class TrainerMixin:
+class TrainerMixin(PersistenceMixin):
     """Put before `Trainer` or a TRL trainer in the bases. Nothing here depends on what is trained."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -44,7 +41,6 @@ class TrainerMixin:
         self._flops_per_token: float | None = None
         self._router: dict[str, torch.Tensor] = {}
         self._router_batches = 0
-        self._writing: Path | None = None
 
     def _send_telemetry(self) -> None:
         """TRL reports each run to its authors; this toolkit makes no network calls of its own."""
@@ -148,58 +144,6 @@ class TrainerMixin:
                 logs |= {name: float(value) / self._router_batches for name, value in self._router.items()}
                 self._router, self._router_batches = {}, 0
         super().log(logs, start_time)
-
-    # checkpoints
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """The library writes aside and the result is renamed: a checkpoint appears whole or not at all."""
-        parent = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        aside = parent / ".writing-checkpoint"
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._writing = aside
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._writing = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(parent / f"checkpoint-{self.state.best_global_step}")
-                self.state.save_to_json(aside / name / "trainer_state.json")
-            for file in (aside / name).rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
-            shutil.rmtree(parent / name, ignore_errors=True)
-            os.replace(aside / name, parent / name)
-            shutil.rmtree(aside)
-            rotate_checkpoints(str(parent), self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights, config and tokenizer; the arguments as JSON, where the library would pickle them."""
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        unwrapped.save_pretrained(directory, state_dict=state_dict)
-        if self.args.should_save:
-            save_tokenizer(self.processing_class, directory)
-            write_json(directory / "training_arguments.json", json.loads(self.args.to_json_string()))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """By `from_pretrained`: on disk the experts of a MoE have other names than in memory."""
-        target = self.model if model is None else model
-        if not isinstance(target, SmolForCausalLM) or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = SmolForCausalLM.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
-        return None
 
 
 class TokenLossMixin:
