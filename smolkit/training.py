@@ -1,8 +1,8 @@
 """What all trainers share: mixins for `transformers.Trainer` and its TRL children, progress, the final model.
 
-The mixin adds fp32 master weights, whole-or-absent checkpoints without pickled arguments, a stop at the first
-non-finite loss, router statistics and cheap per-step bookkeeping. `TokenLossMixin` adds the loss of token
-prediction: a sum over trained tokens divided by their global number, in training and in evaluation.
+The mixin adds fp32 master weights, whole-or-absent checkpoints (`smolkit.persistence`), a stop at signals and at the
+first non-finite loss (`smolkit.guards`), router statistics and cheap bookkeeping. `TokenLossMixin` adds the loss of
+token prediction: a sum over trained tokens divided by their global number, in training and in evaluation.
 """
 
 import json
@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from smol_model import SmolConfig, flops_per_token
 from smolkit.checkpoints import save_final
-from smolkit.errors import UserError
+from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
 from smolkit.persistence import PersistenceMixin
@@ -28,16 +28,19 @@ from smolkit.runs import complete
 # --- trainers -----------------------------------------------------------------------------------------------
 
 
-class TrainerMixin(PersistenceMixin):
+class TrainerMixin(GuardMixin, PersistenceMixin):
     """Put before `Trainer` or a TRL trainer in the bases. Nothing here depends on what is trained."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+        self._order: SeededOrder | None = None  # of the rows, where it is ours
+        self.begin_persistence()  # first: it cuts the logs back to what progress continues
+        self.begin_guards()
         self.progress = Progress()
         self.add_callback(self.progress)
-        self._tokens = 0  # input tokens this process has trained on since the last log
+        self._tokens = 0  # tokens this process has trained on since the last log, padding not counted
         self._flops_per_token: float | None = None
         self._router: dict[str, torch.Tensor] = {}
         self._router_batches = 0
@@ -87,8 +90,12 @@ class TrainerMixin(PersistenceMixin):
 
     def ordered_dataloader(self, dataset: Any, order: SeededOrder) -> DataLoader:
         """The library's training loader with an order of ours, which learns the epoch in a resumed one, too."""
-        batch_size = self._train_batch_size
-        loader = self._get_dataloader(dataset, "Training", batch_size, lambda _: order, is_training=True)
+        if len(dataset) != order.rows:  # accelerate takes the rest of a division for duplicates to drop from metrics
+            dataset.total_dataset_length = len(order)
+        loader = self._get_dataloader(
+            dataset, "Training", self._train_batch_size, lambda _: order, is_training=True
+        )
+        self._order = order
         loader.set_sampler(order)  # where accelerate looks for it when batches are skipped
         return loader
 
@@ -97,15 +104,11 @@ class TrainerMixin(PersistenceMixin):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        self._tokens += inputs["input_ids"].numel()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (process "
-                f"{self.args.process_index}); nothing was updated with it. Lower --learning_rate (now "
-                f"{self._get_learning_rate():.2g}), raise --warmup_steps, or look at the data of this batch"
-            )
-        return loss
+        tokens = inputs.pop("tokens", None)  # counted by the collator, where there is no mask to count
+        if tokens is None:
+            tokens = inputs.get("attention_mask")
+        self._tokens += inputs["input_ids"].numel() if tokens is None else int(tokens.sum())
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Training FLOPs of a micro-batch; the library's version counts the parameters anew at every step."""
@@ -143,6 +146,8 @@ class TrainerMixin(PersistenceMixin):
             if self._router_batches:
                 logs |= {name: float(value) / self._router_batches for name, value in self._router.items()}
                 self._router, self._router_batches = {}, 0
+            if self._skipped:
+                logs["skipped_updates"] = self._skipped
         super().log(logs, start_time)
 
 
@@ -165,10 +170,13 @@ class TokenLossMixin:
 
     def get_train_dataloader(self) -> DataLoader:
         """The library's, but rows that do not divide among the processes are filled up with blank ones."""
-        if self.accelerator.num_processes == 1 or self.args.train_sampling_strategy != "random":
+        if self.args.train_sampling_strategy != "random":
             return super().get_train_dataloader()
-        batch_size = self.accelerator.num_processes * self._train_batch_size
-        order = SeededOrder(len(self.train_dataset), self.order_seed(), batch_size)
+        processes = self.accelerator.num_processes
+        multiple = processes * self._train_batch_size if processes > 1 else 1
+        order = SeededOrder(len(self.train_dataset), self.order_seed(), multiple)
+        if processes == 1:
+            return self.ordered_dataloader(self.train_dataset, order)
         blank = [blank_row(self.processing_class.pad_token_id)]
         return self.ordered_dataloader(ConcatDataset([self.train_dataset, blank]), order)
 
@@ -200,6 +208,7 @@ class TokenLossMixin:
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
+            inputs.pop("tokens", None)
             with torch.no_grad(), self.accelerator.autocast():
                 # A divisor of 1 gives the sum; no cache and one position of logits keep it cheap.
                 loss = model(**inputs, num_items_in_batch=1, use_cache=False, logits_to_keep=1).loss
