@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,11 @@ ECHO = 2.0  # seconds in which a second Ctrl-C is the launcher passing on the fi
 
 
 class Spikes:
-    """Tells when a loss leaves the range of the last `SEEN` steps: by 6 robust deviations and by 0.5 nats."""
+    """Tells when a loss is far above that of the last steps: by 6 deviations and by 0.5 nats.
+
+    Both are robust: the level is a median of `NEEDED` steps, the deviation the median difference of neighbours among
+    `SEEN` steps, which a steady fall does not widen.
+    """
 
     SEEN, NEEDED = 50, 10
 
@@ -40,8 +45,8 @@ class Spikes:
         """The usual loss if this one is far above it, else None."""
         middle = None
         if len(self.losses) >= self.NEEDED and not self.quiet:
-            median = statistics.median(self.losses)
-            deviation = 1.4826 * statistics.median(abs(value - median) for value in self.losses)
+            median = statistics.median(list(self.losses)[-self.NEEDED :])
+            deviation = 1.05 * statistics.median(abs(b - a) for a, b in pairwise(self.losses))  # 1.4826 / sqrt(2)
             if loss > median + max(6 * deviation, 0.5):
                 middle, self.quiet = median, self.NEEDED
         self.quiet = max(0, self.quiet - 1)

@@ -277,6 +277,13 @@ class PersistenceMixin:
 
     # the plan
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """As the library, but a continued run logs, evaluates and saves as its arguments say, not its checkpoint."""
+        position = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        self.state.train_batch_size = self._train_batch_size
+        return position
+
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         """The library's counts, with --additional_steps more steps than were planned."""
         epochs, per_epoch, examples, samples, batch, batches, steps = super().set_initial_training_values(

@@ -7,8 +7,9 @@ of `subprocess`: -9 for SIGKILL. Faults act at the outermost boundary, in the pr
 
     {"kill_at": step, "micro"?: n}     SIGKILL in that step, before the forward pass of micro-batch n
     {"signal": name, "at": step}       send that signal to itself in the middle of that step
-    {"kill_call": n}                   SIGKILL in the n-th call of fsync, rename, replace, mkdir or rmdir while saving
+    {"kill_call": n}                   SIGKILL in the n-th call of one of CALLS since the first save
     {"nan_at": [step, ...]}            the loss of these steps' first micro-batch is NaN
+    {"slow_disk": steps}               fsync in the background lasts until training is that many steps further
     {"full_after": bytes}              the disk is full: RLIMIT_FSIZE, which every file of more bytes runs into
 """
 
@@ -19,13 +20,14 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir")
+CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 
 
 def sabotage(fault: dict[str, Any]) -> None:
@@ -42,6 +44,8 @@ def sabotage(fault: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if fault.get("at") == now and not micro["count"]:
             os.kill(os.getpid(), getattr(signal, fault["signal"]))
+        if "reached" in fault and now >= fault["until"]:
+            fault["reached"].set()
         loss = step(self, model, inputs, *rest)
         if now in fault.get("nan_at", ()) and not micro["count"]:
             for weight in model.parameters():
@@ -54,6 +58,23 @@ def sabotage(fault: dict[str, Any]) -> None:
     if "full_after" in fault:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes fail with EFBIG instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["full_after"],) * 2)
+    if "slow_disk" in fault:
+        fault |= {"reached": threading.Event(), "until": 10**9}
+        fsync, write = os.fsync, Trainer._save_checkpoint
+
+        def slow(handle: int) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                assert fault["reached"].wait(20), "training waits for the disk"
+            fsync(handle)
+
+        def noted(self: Trainer, *args: Any) -> None:
+            fault["reached"].clear()
+            fault["until"] = min(self.state.global_step + fault["slow_disk"], self.state.max_steps)
+            if fault["until"] <= self.state.global_step:
+                fault["reached"].set()
+            write(self, *args)
+
+        os.fsync, Trainer._save_checkpoint = slow, noted
     if "kill_call" in fault:
         save, calls = Trainer._save_checkpoint, {"left": fault["kill_call"], "saving": False}
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_tokenizer
+from smolkit import guards
 from smolkit.checkpoints import build_model, load_tokenizer, new_config, save_final
-from smolkit.manifest import checkpoints
+from smolkit.manifest import MANIFEST, checkpoints, problem, seal
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
@@ -190,3 +192,268 @@ def test_two_processes_and_another_number_of_them(world, tmp_path) -> None:
             assert one["tokens"] == other["tokens"] == other["num_tokens"]
             for key in ("loss", "grad_norm", "rewards/margins"):
                 assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), (name, key)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> Path:
+    """An uninterrupted pretraining run with all its checkpoints, and `interrupted`, as it was when killed at step 7."""
+    folder = tmp_path_factory.mktemp("whole")
+    keep = ("--save_total_limit", "3")
+    plan = [
+        job(world, "pretrain", folder / "whole", *keep),
+        job(world, "pretrain", folder / "interrupted", *keep, fault={"kill_at": 7}),
+    ]
+    execute(folder, plan, [0, -9])
+    return folder / "whole"
+
+
+def copy(directory: Path, target: Path) -> Path:
+    """A copy, without the mark of a finished run."""
+    shutil.copytree(directory, target)
+    for name in ("config.json", "model.safetensors", "training_complete.json"):
+        (target / name).unlink(missing_ok=True)
+    return target
+
+
+KEEP = ("--save_total_limit", "3")
+
+
+# --- signals
+
+
+def test_signals_finish_the_step_and_save(world, whole, tmp_path) -> None:
+    """A signal that reaches one of two ranks stops both; the stopped run ends as if nothing had happened."""
+    two = {"ranks": 2, "batch": 1}
+    plan = [
+        job(world, "pretrain", tmp_path / "term", *KEEP, fault={"signal": "SIGTERM", "at": 5}),
+        job(world, "pretrain", tmp_path / "term", *KEEP),
+        job(world, "pretrain", tmp_path / "usr1", *KEEP, fault={"signal": "SIGUSR1", "at": 2, "rank": 1}, **two),
+        job(world, "pretrain", tmp_path / "usr1", *KEEP),
+        job(world, "pretrain", tmp_path / "int", "--save_strategy", "no", fault={"signal": "SIGINT", "at": 9}),
+    ]
+    results = execute(tmp_path, plan, [75, 0, 75, 0, 0])
+    assert "stopped by SIGTERM after step 5 of 9" in results[0]["output"]
+    assert_same(whole, tmp_path / "term")
+    assert results[2]["codes"] == [75, 75]
+    assert "after step 2 of 9" in results[2]["output"]
+    pairs = zip(rows(whole), rows(tmp_path / "usr1"), strict=True)
+    assert all(one["step"] == other["step"] and one["tokens"] == other["tokens"] for one, other in pairs)
+
+
+def test_a_second_interrupt_aborts_at_once(monkeypatch) -> None:
+    class Plain(guards.GuardMixin):
+        _asked = 0
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer, before = Plain(), signal.getsignal(signal.SIGINT)
+    with trainer._signals():
+        interrupt()
+        interrupt()  # a launcher passes on the terminal's: the same Ctrl-C
+        assert trainer._asked == signal.SIGINT
+        monkeypatch.setattr(guards, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- losses
+
+
+def test_losses_that_are_not_finite(world, tmp_path) -> None:
+    """One rank's NaN stops both before the update, or is left out without a trace in weights and optimizer."""
+    two = {"ranks": 2, "batch": 1}
+    every = ("--save_steps", "1", "--save_total_limit", "9")
+    plan = [
+        job(world, "sft", tmp_path / "stop", *KEEP, fault={"nan_at": [6], "rank": 1}, **two),
+        job(world, "sft", tmp_path / "skip", *every, "--skip_nonfinite", "1", fault={"nan_at": [5], "rank": 1}, **two),
+        job(world, "sft", tmp_path / "many", "--skip_nonfinite", "1", fault={"nan_at": [2, 5]}),
+    ]
+    results = execute(tmp_path, plan, [2, 0, 2])
+    assert results[0]["codes"] == [2, 2]
+    line = next(line for line in results[0]["output"].splitlines() if line.startswith("error"))
+    assert "the loss is nan at step 6 (process 1, batch 1 of 2 in the step, rows " in line
+    assert [path.name for path in checkpoints(tmp_path / "stop")] == ["checkpoint-4"]
+    assert "update skipped (1 of 1 allowed)" in results[1]["output"]
+    before, after = tmp_path / "skip/checkpoint-4", tmp_path / "skip/checkpoint-5"
+    for name, value in weights(before).items():
+        assert torch.equal(value, weights(after)[name])
+    states = [flat(torch.load(each / "optimizer.pt")["state"]) for each in (before, after)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key])) for key, value in states[0].items())
+    assert not torch.equal(*(weights(tmp_path / f"skip/checkpoint-{n}")["model.norm.weight"] for n in (5, 6)))
+    logged = [row for row in rows(tmp_path / "skip") if "loss" in row]
+    assert all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in logged)
+    assert [row.get("skipped_updates") for row in logged] == [None, 1, 1]
+    assert "at step 5" in results[2]["output"] and "1 skipped before" in results[2]["output"]
+
+
+def test_a_jump_of_the_loss_is_noticed_once() -> None:
+    spikes = guards.Spikes()
+    falling = [6 - 0.05 * step + 0.1 * (-1) ** step for step in range(40)]
+    assert [spikes.usual(loss) for loss in falling] == [None] * 40
+    assert spikes.usual(7.5) == pytest.approx(float(np.median(falling[-10:])))
+    assert [spikes.usual(loss) for loss in (7.6, 4.0, 4.1)] == [None] * 3
+    assert guards.Spikes().usual(1e9) is None, "nothing to compare with yet"
+
+
+# --- saving
+
+
+def test_killed_at_some_phases_of_saving(world, whole, tmp_path) -> None:
+    killed_in_saving(world, whole, tmp_path, [1, 6, 14, 19, 21, 23])
+
+
+@pytest.mark.slow
+def test_killed_at_every_phase_of_saving(world, whole, tmp_path) -> None:
+    first = 1
+    while killed_in_saving(world, whole, tmp_path, list(range(first, first + 12))):
+        first += 12
+
+
+def killed_in_saving(world: Path, whole: Path, folder: Path, calls: list[int]) -> bool:
+    """Whatever file operation of saving is the last, what is there is whole and continues bit for bit."""
+    plan = []
+    for call in calls:
+        directory = copy(whole.with_name("interrupted"), folder / str(call))
+        plan.append(job(world, "pretrain", directory, *KEEP, fault={"kill_call": call}))
+    died = [result["codes"][0] == -9 for result in execute(folder, plan)]
+    for call in calls:
+        found = checkpoints(folder / str(call))
+        assert found and [problem(each) for each in found] == [None] * len(found)
+        assert {each.name for each in found} <= {"checkpoint-4", "checkpoint-8", "checkpoint-9"}
+    execute(folder, [job(world, "pretrain", folder / str(call), *KEEP) for call in calls], [0] * len(calls))
+    for call in calls:
+        assert_same(whole, folder / str(call))
+        assert not [*(folder / str(call)).glob(".old*"), *(folder / str(call)).glob(".writing*")]
+    print(calls, died)
+    return all(died)
+
+
+@pytest.mark.parametrize("how", [[], ["--async_save"]], ids=["waiting", "async"])
+def test_a_full_disk_stops_with_one_line(world, whole, tmp_path, how) -> None:
+    directory = copy(whole.with_name("interrupted"), tmp_path / "full")
+    plan = [
+        job(world, "pretrain", directory, *KEEP, *how, fault={"full_after": 60_000}),
+        job(world, "pretrain", directory, *KEEP, *how),
+    ]
+    results = execute(tmp_path, plan)
+    assert results[0]["codes"] == [2], results[0]
+    assert "cannot save" in results[0]["output"] and "Traceback" not in results[0]["output"]
+    assert results[1]["codes"] == [0]
+    assert_same(whole, directory)
+
+
+def test_saving_in_the_background_does_not_hold_up_training(world, whole, tmp_path) -> None:
+    """The disk only answers once training is two steps further; every third step's checkpoint is kept."""
+    more = ("--async_save", "--save_steps", "1", "--keep_every", "3", "--save_total_limit", "2")
+    plan = [
+        job(world, "pretrain", tmp_path / "async", *KEEP, "--async_save", fault={"slow_disk": 2}),
+        job(world, "pretrain", tmp_path / "kept", *more),
+    ]
+    execute(tmp_path, plan, [0, 0])
+    assert_same(whole, tmp_path / "async")
+    assert [path.name for path in checkpoints(tmp_path / "kept")] == [f"checkpoint-{n}" for n in (3, 6, 8, 9)]
+    assert all(problem(path) is None for path in checkpoints(tmp_path / "kept"))
+
+
+def test_damaged_checkpoints_are_skipped_with_a_reason(world, whole, tmp_path) -> None:
+    skipped, none, rewritten = (copy(whole, tmp_path / name) for name in ("skipped", "none", "rewritten"))
+    os.truncate(skipped / "checkpoint-9" / "model.safetensors", 1000)
+    (skipped / "checkpoint-8" / MANIFEST).write_text("{")
+    for checkpoint in checkpoints(none):
+        (checkpoint / "optimizer.pt").unlink()
+    data = tmp_path / "pretrain.jsonl"
+    shutil.copyfile(world / "pretrain.jsonl", data)
+    shutil.rmtree(rewritten)
+    other = ["--data_path", str(data)]
+    plan = [
+        job(world, "pretrain", skipped, *KEEP),
+        job(world, "pretrain", none, *KEEP),
+        job(world, "pretrain", rewritten, *other, fault={"kill_at": 5}),
+        job(world, "pretrain", Path("/proc/nowhere")),
+    ]
+    results = execute(tmp_path, plan, [0, 2, -9, 2])
+    assert "checkpoint-9: model.safetensors has 1,000 bytes where the manifest says" in results[0]["output"]
+    assert f"checkpoint-8: its {MANIFEST} is unreadable" in results[0]["output"]
+    assert "continued from" in results[0]["output"] and "checkpoint-4" in results[0]["output"]
+    assert_same(whole, skipped)
+    assert "no checkpoint of" in results[1]["output"] and "optimizer.pt is missing" in results[1]["output"]
+    assert len(checkpoints(none)) == 3, "nothing is deleted"
+    assert "cannot write there" in results[3]["output"]
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    result = execute(tmp_path, [job(world, "pretrain", rewritten, *other)], [2])[0]
+    assert "pretrain.jsonl has changed" in result["output"]
+
+
+def test_what_is_wrong_with_a_checkpoint(tmp_path) -> None:
+    def sealed(name: str) -> Path:
+        directory = tmp_path / name
+        (directory / "global_step1").mkdir(parents=True)
+        (directory / "model-00001-of-00002.safetensors").write_bytes(b"a" * 100)
+        (directory / "global_step1" / "shard_0.pt").write_bytes(b"b" * 100)
+        seal(directory, step=1)
+        assert problem(directory) is None
+        return directory
+
+    missing, flipped, unsealed, partial, weights_only = map(sealed, ("1", "2", "3", "4", "5"))
+    (missing / "global_step1" / "shard_0.pt").unlink()
+    assert problem(missing) == "global_step1/shard_0.pt is missing"
+    (flipped / "model-00001-of-00002.safetensors").write_bytes(b"a" * 99 + b"c")
+    assert "is not what was written" in problem(flipped)
+    (unsealed / MANIFEST).unlink()
+    assert f"no {MANIFEST}" in problem(unsealed)
+    (partial / MANIFEST).write_text('{"files": {"a": 1}}')
+    assert "unreadable" in problem(partial)
+    seal(weights_only, resumable=False)
+    assert "--save_only_model" in problem(weights_only)
+
+
+# --- more steps, branches
+
+
+def test_more_steps_branches_and_other_peoples_weights(world, whole, tmp_path) -> None:
+    longer, straight = copy(whole, tmp_path / "longer"), tmp_path / "straight"
+    shutil.copytree(whole, straight)
+    linear = ("--lr_scheduler_type", "linear", "--warmup_steps", "0")
+    branch = ("--resume_from_checkpoint", str(whole / "checkpoint-4"), "--learning_rate", "5e-3")
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    theirs = ["--data_path", str(world / "sft.jsonl"), "--tokenizer_path", str(world / "tokenizer")]
+    foreign = job(world, "sft", tmp_path / "tuned", "--model_path", str(tmp_path / "theirs"), *theirs)
+    plan = [
+        job(world, "pretrain", tmp_path / "linear", *linear),
+        job(world, "pretrain", tmp_path / "linear", *linear, "--additional_steps", "3", fault={"kill_at": 11}),
+        job(world, "pretrain", tmp_path / "linear", *linear, "--additional_steps", "3", "--logging_steps", "1"),
+        job(world, "pretrain", tmp_path / "linear", *linear, "--additional_steps", "3"),
+        job(world, "pretrain", tmp_path / "linear", *linear),
+        job(world, "pretrain", longer, *KEEP, "--additional_steps", "3", fault={"kill_at": 11}),
+        job(world, "pretrain", longer, *KEEP, "--additional_steps", "3"),
+        job(world, "pretrain", straight, *KEEP, "--additional_steps", "3"),
+        job(world, "pretrain", tmp_path / "branch", *branch, fault={"kill_at": 9}),
+        job(world, "pretrain", tmp_path / "branch", *branch),
+        job(world, "pretrain", tmp_path / "branch", *branch),
+        foreign,
+    ]
+    results = execute(tmp_path, plan, [0, -9, 0, 0, 2, -9, 0, 0, -9, 0, 0, 0])
+    rates = {row["step"]: row["learning_rate"] for row in rows(tmp_path / "linear") if "learning_rate" in row}
+    assert rates[9] > 0  # of the first plan, whose last update is made with 1/9
+    for step in (10, 11, 12):
+        assert rates[step] == pytest.approx(1e-2 * (12 - step + 1) / 12)
+    assert "nothing to do" in results[3]["output"]
+    assert "--additional_steps 3, not 0" in results[4]["output"]
+    assert_same(longer, straight)
+    assert "checkpoint-8" in results[9]["output"] and "nothing to do" in results[10]["output"]
+    branched = {row["step"]: row for row in rows(tmp_path / "branch") if "loss" in row}
+    original = {row["step"]: row for row in rows(whole) if "loss" in row}
+    assert branched[3] == original[3] and branched.keys() == original.keys()
+    for step in (6, 9):
+        assert branched[step]["learning_rate"] == pytest.approx(original[step]["learning_rate"] / 2)
+        assert branched[step]["tokens"] == original[step]["tokens"]
+    assert checkpoints(whole)[0].name == "checkpoint-4", "the origin is left alone"
+    assert (tmp_path / "tuned/model.safetensors").is_file()
