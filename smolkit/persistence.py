@@ -284,6 +284,13 @@ class PersistenceMixin:
         self.state.train_batch_size = self._train_batch_size
         return position
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The library trains one step too many when a run was killed between its last checkpoint and its end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         """The library's counts, with --additional_steps more steps than were planned."""
         epochs, per_epoch, examples, samples, batch, batches, steps = super().set_initial_training_values(

@@ -8,6 +8,7 @@ of `subprocess`: -9 for SIGKILL. Faults act at the outermost boundary, in the pr
     {"kill_at": step, "micro"?: n}     SIGKILL in that step, before the forward pass of micro-batch n
     {"signal": name, "at": step}       send that signal to itself in the middle of that step
     {"kill_call": n}                   SIGKILL in the n-th call of one of CALLS since the first save
+    {"kill_at_the_end": true}          SIGKILL after the last evaluation, before the final directory is written
     {"nan_at": [step, ...]}            the loss of these steps' first micro-batch is NaN
     {"slow_disk": steps}               fsync in the background lasts until training is that many steps further
     {"full_after": bytes}              the disk is full: RLIMIT_FSIZE, which every file of more bytes runs into
@@ -55,6 +56,10 @@ def sabotage(fault: dict[str, Any]) -> None:
         return loss
 
     Trainer.training_step = training_step
+    if "kill_at_the_end" in fault:
+        import smolkit.training
+
+        smolkit.training.final_weights = lambda trainer: os.kill(os.getpid(), signal.SIGKILL)
     if "full_after" in fault:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes fail with EFBIG instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["full_after"],) * 2)

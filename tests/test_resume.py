@@ -74,7 +74,10 @@ def job(world: Path, stage: str, output: Path, *more: str, batch: int = 2, accum
         words += [f"{name}={value}" for name, value in SHAPE.items()]
     else:
         words += ["--model_path", str(world / "base"), "--max_length", "64"]
-    words += {"lora": ["--lora_dropout", "0.1"], "sft": ["--packing", "false"], "dpo": []}.get(stage, [])
+    if stage in ("pretrain", "sft"):
+        words += f"--eval_data_path {world}/{stage}.jsonl --max_eval_rows 3".split()
+        words += "--eval_strategy steps --eval_steps 2".split()
+    words += {"lora": ["--lora_dropout", "0.1"], "sft": ["--packing", "false"]}.get(stage, [])
     return {"script": SCRIPTS[stage], "argv": [*words, *more], **run}
 
 
@@ -153,12 +156,15 @@ def killed_and_whole(world: Path, folder: Path, stage: str, kill: dict, *more: s
 def test_killed_runs_continue_bit_for_bit(world, tmp_path) -> None:
     """All stages: SIGKILL between two micro-batches of step 7, in the middle of an epoch and of a logging window."""
     plan = [run for stage in STAGES for run in killed_and_whole(world, tmp_path, stage, {"kill_at": 7, "micro": 1})]
-    execute(tmp_path, plan, [0, -signal.SIGKILL, 0] * len(STAGES))
+    plan[2:2] = [{**plan[1], "fault": {"kill_at_the_end": True}}]  # pretraining is killed a second time
+    execute(tmp_path, plan, [0, -9, -9, 0, *[0, -9, 0] * 3])
     for stage in STAGES:
         whole, killed = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-killed"
         assert_same(whole, killed)
         steps = [row["step"] for row in rows(whole) if "loss" in row]
         assert steps == [3, 6, 9]
+        evaluated = [row["step"] for row in rows(whole) if "eval_loss" in row]
+        assert evaluated == ([2, 4, 6, 8, 9, 9] if stage in ("pretrain", "sft") else [])
         assert not list(whole.rglob("*.bin"))
     tokens = [row["num_tokens"] for row in rows(tmp_path / "dpo-killed") if "num_tokens" in row]
     assert tokens == [row["tokens"] for row in rows(tmp_path / "dpo-killed") if "tokens" in row]
@@ -457,3 +463,51 @@ def test_more_steps_branches_and_other_peoples_weights(world, whole, tmp_path) -
         assert branched[step]["tokens"] == original[step]["tokens"]
     assert checkpoints(whole)[0].name == "checkpoint-4", "the origin is left alone"
     assert (tmp_path / "tuned/model.safetensors").is_file()
+
+
+# --- larger matrices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_continues_bit_for_bit_on_one_and_two_ranks(world, tmp_path, stage, ranks) -> None:
+    """With and without accumulation; killed at the first step of an epoch and in its middle; saved in background."""
+    plan = []
+    for accumulation, step, more in ((1, 6, ()), (3, 5, ("--async_save",))):
+        folder = tmp_path / str(accumulation)
+        folder.mkdir()
+        layout = {"ranks": ranks, "batch": 2, "accumulation": accumulation}
+        plan += killed_and_whole(world, folder, stage, {"kill_at": step, "rank": ranks - 1}, *more, **layout)
+    execute(tmp_path, plan, [0, None, 0] * 2)
+    for accumulation in ("1", "3"):
+        assert_same(tmp_path / accumulation / f"{stage}-whole", tmp_path / accumulation / f"{stage}-killed")
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_a_rank_dies_and_continues(world, tmp_path) -> None:
+    """From outside: a rank under torchrun is killed while it trains; the launcher ends; the same command goes on."""
+    run = job(world, "pretrain", tmp_path / "died", "--max_steps", "300", "--save_steps", "3", batch=1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, f"{run['script']}.py", *run["argv"]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet) as process:
+        deadline = time.monotonic() + 100
+        while not (found := checkpoints(tmp_path / "died")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert found
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children if b"train_pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    reached = newest(tmp_path / "died")
+    with subprocess.Popen(command, **quiet) as process:
+        while newest(tmp_path / "died").name == reached.name and time.monotonic() < deadline + 100:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on: both ranks finish their step and save
+        process.wait(timeout=60)
+    stopped = newest(tmp_path / "died")
+    assert problem(stopped) is None and int(stopped.name.partition("-")[2]) > int(reached.name.partition("-")[2])
+    assert not (tmp_path / "died" / "training_complete.json").exists()
