@@ -20,15 +20,14 @@ from pathlib import Path
 from smolkit import evaluation
 from smolkit.checkpoints import load_tokenizer
 from smolkit.doctor import read_dpo
+from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError, run
 from smolkit.files import atomic_writer, write_json
 from smolkit.runtime import compute_dtype, default_device, prepare
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--model_path",
@@ -42,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--implementation",
         choices=["smol", "transformers"],
         default="smol",
-        help="whose model code (default: smol)",
+        help="whose model code and generation (default: smol)",
     )
     add("--exam", type=Path, help="exam items (JSON Lines)")
     add("--kinds", nargs="+", help="only exam items of these kinds: qa, tool, refusal, skill")
@@ -90,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_exam(args: argparse.Namespace, model, tokenizer, items: list[dict], output_dir: Path) -> dict:
-    generate = evaluation.engine_generate(model, tokenizer, args.max_new_tokens, args.batch_size)
+    generate = evaluation.generate_with(model, tokenizer, args.max_new_tokens, args.batch_size)
     answers = evaluation.take_exam(items, tokenizer, generate)
     metrics = evaluation.exam_metrics(items, answers)
     if args.compare_with:
@@ -107,8 +106,8 @@ def run_exam(args: argparse.Namespace, model, tokenizer, items: list[dict], outp
 
 def run_preferences(args: argparse.Namespace, model, tokenizer, pairs: list[dict], output_dir: Path) -> dict:
     metrics = evaluation.preference_metrics(model, tokenizer, pairs)
-    sampling = {"temperature": args.temperature, "seed": args.seed}
-    generate = evaluation.engine_generate(model, tokenizer, args.max_new_tokens, args.batch_size, **sampling)
+    limits = (args.max_new_tokens, args.batch_size)
+    generate = evaluation.generate_with(model, tokenizer, *limits, args.temperature, args.seed)
     quality, samples = evaluation.preferred_quality(tokenizer, pairs, generate)
     if samples:
         write_rows(output_dir / "samples.jsonl", samples)
@@ -136,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     items = evaluation.read_exam(args.exam, args.kinds, args.max_items) if args.exam else []
     pairs = list(itertools.islice(read_dpo(args.preferences), args.max_items)) if args.preferences else []
     texts = evaluation.read_texts(args.text, args.max_items) if args.text else []
+    for warning in glance([path for path in (args.preferences, args.text) if path], mixed=True):
+        print(f"warning: {warning}")
     tokenizer = load_tokenizer(args.tokenizer_path or args.model_path)
     place = (compute_dtype(args.dtype), args.device or default_device())
     model = evaluation.load_model(args.model_path, tokenizer, args.implementation, args.adapter, *place)

@@ -373,8 +373,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x32 = x.float()
-        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()  # (..., 1)
+        scale = inverse_rms(x32, eps)
         ctx.save_for_backward(x, scale, weight)
         return (x32 * scale).mul_(weight).to(x.dtype)
 
@@ -386,6 +385,18 @@ class RMSNorm(torch.autograd.Function):
         grad = grad * weight
         along = (grad * normed).sum(-1, keepdim=True).div_(-x.shape[-1])  # (..., 1)
         return torch.addcmul(grad, normed, along).mul_(scale).to(x.dtype), grad_weight, None
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms(x) over the last dimension of float32 x: (..., 1)."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return mean_square.add_(eps).rsqrt_()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm without autograd, for generation."""
+    x32 = x.float()
+    return (x32 * inverse_rms(x32, eps)).mul_(weight).to(x.dtype)
 
 
 class SmolRMSNorm(nn.Module):
@@ -507,58 +518,70 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        B, H, T, Dh = query.shape
-        K, G = key.shape[1], H // key.shape[1]
-        query = query.view(B, K, G, T, Dh)
+        (B, H, T, Dh), K = query.shape, key.shape[1]
+        query = by_position(query.view(B, K, H // K, T, Dh)).mul_(scaling)
         key, value = key.reshape(B * K, T, Dh), value.reshape(B * K, T, Dh)
-        mixed, kept = query.new_empty(B, T, K, G, Dh), []
-        for start in range(0, T, CPU_QUERY_BLOCK):
-            end = min(start + CPU_QUERY_BLOCK, T)
-            scores = torch.bmm(stack_groups(query, start, end, scaling), key[:, :end].mT)  # (B*K, G*t, end)
-            by_head = scores.view(B, K, G, end - start, end)
-            if mask is None:
-                by_head[..., start:].add_(future(end - start, scores))
-            else:
-                by_head.add_(mask[:, :, None, start:end, :end])
-            kept.append(scores.softmax(-1))
-            block = torch.bmm(kept[-1], value[:, :end]).view(B, K, G, end - start, Dh)
-            mixed[:, start:end] = block.permute(0, 3, 1, 2, 4)
+        kept: list[Tensor] = []
+        mixed = attend_in_blocks(query, key, value, mask, kept)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.scaling = scaling
-        return mixed.view(B, T, H, Dh)
+        ctx.shape, ctx.scaling = (B, K, T, H // K, Dh), scaling
+        return mixed.view(ctx.shape).transpose(1, 2).reshape(B, T, H, Dh)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, *kept = ctx.saved_tensors
-        B, K, G, T, Dh = query.shape
-        grad = grad.reshape(B, T, K, G, Dh).permute(0, 2, 3, 1, 4)  # (B, K, G, T, Dh)
+        B, K, T, G, Dh = ctx.shape
+        grad = by_position(grad.reshape(B, T, K, G, Dh).permute(0, 2, 3, 1, 4))  # (B*K, T*G, Dh)
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         # From the last block, which meets every key and so fills the sums, to the first.
         for start in reversed(range(0, T, CPU_QUERY_BLOCK)):
             end = min(start + CPU_QUERY_BLOCK, T)
-            weights, grad_mixed = kept.pop(), stack_groups(grad, start, end)
-            grad_weights = torch.bmm(grad_mixed, value[:, :end].transpose(1, 2))
+            rows, beta = slice(start * G, end * G), float(end < T)
+            weights, grad_mixed = kept.pop(), grad[:, rows]
+            grad_weights = torch.bmm(grad_mixed, value[:, :end].mT)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            block = torch.bmm(grad_scores, key[:, :end]).view(B, K, G, end - start, Dh)
-            torch.mul(block, ctx.scaling, out=grad_query[:, :, :, start:end])
-            part, beta = stack_groups(query, start, end, ctx.scaling), float(end < T)
-            grad_key[:, :end].baddbmm_(grad_scores.transpose(1, 2), part, beta=beta)
-            grad_value[:, :end].baddbmm_(weights.transpose(1, 2), grad_mixed, beta=beta)
-        by_head = (B, K, T, Dh)
-        return grad_query.view(B, K * G, T, Dh), grad_key.view(by_head), grad_value.view(by_head), None, None
+            torch.mul(torch.bmm(grad_scores, key[:, :end]), ctx.scaling, out=grad_query[:, rows])
+            grad_key[:, :end].baddbmm_(grad_scores.mT, query[:, rows], beta=beta)
+            grad_value[:, :end].baddbmm_(weights.mT, grad_mixed, beta=beta)
+        grad_query = grad_query.view(ctx.shape).transpose(2, 3).reshape(B, K * G, T, Dh)
+        return grad_query, grad_key.view(B, K, T, Dh), grad_value.view(B, K, T, Dh), None, None
 
 
-def stack_groups(x: Tensor, start: int, end: int, scaling: float = 1.0) -> Tensor:
-    """Positions start to end of x (B, K, G, T, Dh), the G heads of a key head one below the other: (B*K, G*t, Dh)."""
-    part = x[:, :, :, start:end]
-    part = part if scaling == 1.0 else part * scaling
-    return part.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+def by_position(x: Tensor) -> Tensor:
+    """x (B, K, G, T, Dh) -> (B*K, T*G, Dh): the heads of a key head side by side, so that positions are one slice."""
+    B, K, G, T, Dh = x.shape
+    return x.transpose(2, 3).clone(memory_format=torch.contiguous_format).view(B * K, T * G, Dh)
 
 
-def future(T: int, like: Tensor) -> Tensor:
-    """(T, T): the lowest number of the dtype above the diagonal, 0 elsewhere."""
-    return like.new_full((T, T), torch.finfo(like.dtype).min).triu_(1)
+def attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, kept: list[Tensor] | None = None
+) -> Tensor:
+    """Causal attention of scaled queries (B*K, T*G, Dh), see `by_position`, to keys and values (B*K, T, Dh).
+
+    Returns the shape of the queries; `kept` receives the weights of each block.
+    """
+    T = key.shape[1]
+    G, mixed = query.shape[1] // T, torch.empty_like(query)
+    later = future(min(CPU_QUERY_BLOCK, T), G, query) if mask is None else None
+    for start in range(0, T, CPU_QUERY_BLOCK):
+        end = min(start + CPU_QUERY_BLOCK, T)
+        rows, t = slice(start * G, end * G), end - start
+        scores = torch.bmm(query[:, rows], key[:, :end].mT)  # (B*K, t*G, end)
+        if mask is None:
+            scores[..., start:].add_(later[: t * G, :t])
+        else:
+            scores.view(len(mask), -1, t, G, end).add_(mask[:, :, start:end, None, :end])
+        weights = scores.softmax(-1)
+        mixed[:, rows] = torch.bmm(weights, value[:, :end])
+        if kept is not None:
+            kept.append(weights)
+    return mixed
+
+
+def future(T: int, G: int, like: Tensor) -> Tensor:
+    """(T*G, T): the lowest number of the dtype for keys after a query's position, 0 elsewhere."""
+    return like.new_full((T, T), torch.finfo(like.dtype).min).triu_(1).repeat_interleave(G, dim=0)
 
 
 def block_attention(
@@ -566,6 +589,19 @@ def block_attention(
 ) -> tuple[Tensor, None]:
     """BlockAttention with the signature of transformers' registry."""
     return BlockAttention.apply(query, key, value, attention_mask, kwargs["scaling"]), None
+
+
+def one_query_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of the newest position, (B, H, 1, Dh), as decoding asks for it.
+
+    The query heads of a key head go in as if they were positions: a third of the time of repeating the keys.
+    """
+    (B, H, _, Dh), K = query.shape, key.shape[1]
+    query = query.view(B, K, H // K, Dh)
+    mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=kwargs["scaling"])
+    return mixed.view(B, 1, H, Dh), None
 
 
 class Attention(nn.Module):
@@ -1063,6 +1099,8 @@ class SmolModel(SmolPreTrainedModel):
             # Under autocast the scores are narrower than x, and the lowest float32 would become -inf: a row of padding,
             # which sees nothing, would be NaN.
             mask = mask.to(dtype).clamp_(min=torch.finfo(dtype).min)
+        if implementation == "sdpa" and T == 1 and not dropout:
+            attend = one_query_attention
         return attend, mask, bounds
 
     def real_tokens(self, attention_mask: Tensor | None, x: Tensor) -> Tensor | None:

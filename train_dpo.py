@@ -33,6 +33,7 @@ from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.errors import UserError, run
 from smolkit.packing import preference_pairs
 from smolkit.pairs import PairCollator, PairLossMixin
+from smolkit.progress import watch
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
 from smolkit.shards import tokenized
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.model_path, reference_path])
     if job.finished:
         return
+    progress = watch(stage, tokenizer, config, chat=True)
 
     tokenise = partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc)
     pairs, dropped = preference_pairs(tokenise, job.files, max_length)
@@ -162,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset=pairs,
         eval_dataset=eval_pairs,
         processing_class=tokenizer,
+        progress=progress,
     )
     worst = trainer.check_reference(TOLERANCE[job.dtype])
     job.announce({"check": f"policy and reference agree before step 1 (largest log-ratio {worst:.1e})"})
@@ -169,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=job.checkpoint)
     facts = {"aligned from": stage.model_path, "loss": loss, "beta": args.beta}
     if eval_pairs:
-        facts["validation preference accuracy"] = f"{trainer.evaluate()['eval_rewards/accuracies']:.3f}"
+        facts["validation preference accuracy"] = f"{trainer.last_evaluation()['eval_rewards/accuracies']:.3f}"
     for name in NOISE:
         setattr(model.config, name, getattr(config, name))
     finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))

@@ -26,6 +26,7 @@ from smolkit.checkpoints import (
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.errors import run
 from smolkit.packing import PackedCollator, pack_conversations
+from smolkit.progress import watch
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
 from smolkit.shards import tokenized
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.base_model], new_model=vars(new))
     if job.finished:
         return
+    progress = watch(stage, tokenizer, config, chat=True)
 
     tokenise = partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc)
     rows = pack_conversations(
@@ -72,11 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_dataset=rows.evaluation,
         data_collator=PackedCollator(tokenizer.pad_token_id, mask_padding=bool(config.num_experts)),
         processing_class=tokenizer,
+        progress=progress,
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)
     facts = {"fine-tuned from": stage.base_model or "random weights", "steps": trainer.state.global_step}
     if rows.evaluation:
-        facts["validation loss"] = f"{trainer.evaluate()['eval_loss']:.4f} nats per trained token"
+        facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per trained token"
     finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))
 
 

@@ -30,6 +30,7 @@ from smolkit.checkpoints import (
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.errors import UserError, run
 from smolkit.packing import PackedCollator, pack_conversations
+from smolkit.progress import watch
 from smolkit.runs import complete, open_job
 from smolkit.runtime import prepare
 from smolkit.shards import tokenized
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if merged_dir and args.should_save and not (Path(merged_dir) / "config.json").is_file():
             write_merged(*merging)
         return
+    progress = watch(stage, tokenizer, config, chat=True)
 
     tokenise = partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc)
     rows = pack_conversations(
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             data_collator=PackedCollator(tokenizer.pad_token_id, mask_padding=bool(config.num_experts)),
             processing_class=tokenizer,
             peft_config=adapter,
+            progress=progress,
         )
     except ValueError as error:  # PEFT does not know a name in --lora_target
         raise UserError(f"--lora_target {' '.join(stage.lora_target)}: {error}") from error
@@ -126,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=job.checkpoint)
     facts = {"adapter for": stage.base_model, "rank": stage.lora_r, "steps": trainer.state.global_step}
     if rows.evaluation:
-        facts["validation loss"] = f"{trainer.evaluate()['eval_loss']:.4f} nats per trained token"
+        facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per trained token"
     save_adapter(trainer, model_card(Path(args.output_dir).name, config, facts))
     if args.should_save:
         complete(args, trainer.state.global_step)

@@ -27,6 +27,7 @@ from smolkit.checkpoints import (
 from smolkit.doctor import PRETRAIN_SUFFIXES
 from smolkit.errors import run
 from smolkit.packing import PackedCollator, pack_texts
+from smolkit.progress import watch
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
 from smolkit.shards import tokenized
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = open_job(stage, args, PRETRAIN_SUFFIXES, [tokenizer_path, stage.base_model], new_model=vars(new))
     if job.finished:
         return
+    progress = watch(stage, tokenizer, config, chat=False)
 
     rows = pack_texts(
         partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc),
@@ -78,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_dataset=rows.evaluation,
         data_collator=PackedCollator(tokenizer.pad_token_id, mask_padding=bool(config.num_experts)),
         processing_class=tokenizer,
+        progress=progress,
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)
     facts = {"pretrained on": rows.summary, "steps": trainer.state.global_step}
     if rows.evaluation:
-        facts["validation loss"] = f"{trainer.evaluate()['eval_loss']:.4f} nats per token"
+        facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per token"
     finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))
 
 

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from smolkit.errors import UserError
+from smolkit.reporters import check_reporters
 from smolkit.runtime import has_accelerator
 
 # The TrainingArguments flags that most runs touch; `--help` shows these, `--help_all` the rest.
@@ -85,6 +86,16 @@ class StageArguments:
         "a run with other settings is refused. never: start over, replacing the checkpoints in --output_dir.",
     )
     threads: int | None = option(None, "CPU threads per process. Default: what OMP_NUM_THREADS or the machine says.")
+    sample_prompts: list[str] | None = option(
+        None,
+        "Texts, or .jsonl files with rows {'prompt': text} or {'messages': [...]}, answered greedily at every "
+        "checkpoint and at the end; written to samples.jsonl.",
+    )
+    sample_tokens: int = option(64, "Longest answer to a sample prompt, in tokens.")
+    peak_tflops: float | None = option(
+        None,
+        "16-bit matrix TFLOP/s of one device, for MFU. Default: its data sheet, or a short measurement on a CPU.",
+    )
 
     _argument_group_name = "data, tokenizer and run"
 
@@ -98,6 +109,10 @@ class StageArguments:
             raise UserError(f"--num_proc {self.num_proc} must be at least 1")
         if self.max_eval_rows < 0:
             raise UserError(f"--max_eval_rows {self.max_eval_rows} must not be negative")
+        if self.sample_tokens < 1:
+            raise UserError(f"--sample_tokens {self.sample_tokens} must be at least 1")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UserError(f"--peak_tflops {self.peak_tflops} must be positive")
 
 
 @dataclass
@@ -275,6 +290,10 @@ class _CommonBehaviour:
             raise UserError("--save_total_limit 1 with --load_best_model_at_end keeps only the best; raise it to 2")
         if self.learning_rate < 0:
             raise UserError(f"--learning_rate {self.learning_rate} must not be negative")
+        if self.eval_steps and self.eval_strategy == "no":
+            self.eval_strategy = "steps"  # the library would ignore --eval_steps without a word
+        self.report_to = check_reporters(self.report_to)
+        self.run_name = self.run_name or Path(self.output_dir).name
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns true would remove what keeps packed documents apart")
         super().__post_init__()
@@ -310,6 +329,7 @@ _SHARED = dict(
     logging_nan_inf_filter=False,
     save_total_limit=2,
     report_to="none",
+    project="smollm",
     remove_unused_columns=False,
     ddp_find_unused_parameters=False,
     gradient_checkpointing=False,

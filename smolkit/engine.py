@@ -4,8 +4,7 @@ Token ids go in, token events come out; text, templates and HTTP live elsewhere.
 synchronous core (KV cache in slots, one decode step for everybody); `TorchEngine` runs it on one inference
 thread behind asyncio; `generate_batch` runs it in a plain loop for evaluation.
 
-Any causal language model with the transformers interface works: `model.base_model(...)` returning
-`last_hidden_state`, a `Cache` as `past_key_values`, and `get_output_embeddings()`.
+The arithmetic is `smolkit.decoder`'s.
 
 Requests join and leave between decode steps (iteration-level scheduling: Orca, Yu et al., OSDI 2022).
 """
@@ -20,12 +19,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from smolkit.decoder import Decoder
+from smolkit.runtime import release_threads
 from smolkit.sampling import FinishReason, GenerationRequest, Sampler, TokenEvent, logprobs_of
-from smolkit.slot_cache import SlotCache
 
 logger = logging.getLogger(__name__)
-
-COLUMN_BLOCK = 32
 
 
 class EngineBusy(RuntimeError):
@@ -71,93 +69,52 @@ class ContinuousBatch:
     """
 
     def __init__(self, model: nn.Module, vocab_limit: int | None = None) -> None:
-        # A PEFT model injects its layers into the model it wraps; the wrapped model is then the complete one.
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        attention = self.model.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(f"attn_implementation {attention!r}: generation here works with sdpa and eager")
-        head = self.model.get_output_embeddings()
-        self.vocab_size = min(vocab_limit or head.weight.shape[0], head.weight.shape[0])
-        self.device = head.weight.device
+        self.decoder = Decoder(model, vocab_limit)
         self.sequences: list[_Sequence] = []  # sequence i lives in cache row i
-        self.clear()
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def clear(self) -> None:
-        """Forget every sequence and the cache (which may hold non-finite values after a failed step)."""
+        """Forget every sequence and the cache."""
         self.sequences.clear()
-        self.cache = SlotCache(self.model.config.num_hidden_layers)
+        self.decoder.clear()
 
     def start(self, request: GenerationRequest) -> _Sequence:
         """The state of a new request, to be given to `prefill`."""
-        return _Sequence(request, self.vocab_size)
+        return _Sequence(request, self.decoder.vocab_size)
 
     @torch.inference_mode()
-    def prefill(self, sequences: Sequence[_Sequence], pad_id: int = 0) -> list[tuple[_Sequence, TokenEvent]]:
+    def prefill(self, sequences: Sequence[_Sequence]) -> list[tuple[_Sequence, TokenEvent]]:
         """Add new sequences, run their prompts, and return the first token of each."""
-        lengths = [len(s.request.prompt_ids) for s in sequences]
-        width, first = max(lengths), len(self.sequences)
-        # Padded on the right: causal attention keeps real tokens blind to it, and decoding overwrites its
-        # columns.
-        rows = [[*s.request.prompt_ids, *[pad_id] * (width - n)] for s, n in zip(sequences, lengths, strict=True)]
-        self.cache.prefill_window(first, first + len(sequences), width)
-        positions = torch.arange(width, device=self.device).expand(len(rows), -1)
-        hidden = self._hidden(torch.tensor(rows, device=self.device), positions, None)  # (rows, width, D)
-        last = torch.tensor(lengths, device=self.device) - 1
-        for sequence, length in zip(sequences, lengths, strict=True):
-            sequence.length = length
+        prompts = [list(sequence.request.prompt_ids) for sequence in sequences]
+        logits = self.decoder.prefill(prompts, first=len(self.sequences))
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            sequence.length = len(prompt)
         self.sequences.extend(sequences)
-        return self._choose(sequences, hidden[torch.arange(len(rows), device=self.device), last])
+        return self._choose(sequences, logits)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[_Sequence, TokenEvent]]:
         """One decode step: the next token of every sequence; finished ones have left the batch afterwards."""
         sequences = list(self.sequences)
-        lengths = torch.tensor([s.length for s in sequences], device=self.device)
-        # Whole blocks of columns, at least one of them never visible: the attention kernel then rounds alike
-        # whoever shares the batch (measured on CPU: equal to the last bit in multiples of 32, not otherwise;
-        # a mask that is all true would take another kernel).
-        longest = max(s.length for s in sequences)
-        width = (longest + 1) // COLUMN_BLOCK * COLUMN_BLOCK + COLUMN_BLOCK
-        self.cache.decode_window(lengths, width)
-        visible = torch.arange(width, device=self.device) <= lengths[:, None]  # (rows, width)
-        tokens = torch.tensor([[s.next_token] for s in sequences], device=self.device)
-        hidden = self._hidden(tokens, lengths[:, None], self._mask(visible[:, None, None]))  # (rows, 1, D)
+        logits = self.decoder.step([s.next_token for s in sequences], [s.length for s in sequences])
         for sequence in sequences:
             sequence.length += 1
-        return self._choose(sequences, hidden[:, -1])
+        return self._choose(sequences, logits)
 
     def remove(self, sequence: _Sequence) -> None:
         """Take a sequence out; the last row moves into its place."""
         row, last = self.sequences.index(sequence), len(self.sequences) - 1
         if row != last:
-            self.cache.move(last, row, self.sequences[last].length)
+            self.decoder.cache.move(last, row, self.sequences[last].length)
             self.sequences[row] = self.sequences[last]
         self.sequences.pop()
 
-    def _mask(self, visible: Tensor) -> Tensor:
-        """(rows, 1, T, width) bool in the form the attention wants; models pass four dimensions through."""
-        if self.model.config._attn_implementation == "sdpa":
-            return visible
-        dtype = self.model.dtype
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-
-    def _hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        output = self.model.base_model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state
-
-    def _choose(self, sequences: Sequence[_Sequence], hidden: Tensor) -> list[tuple[_Sequence, TokenEvent]]:
-        """Sample from the last hidden states (rows, D); sequences that end here leave the batch."""
-        logits = self.model.get_output_embeddings()(hidden)[:, : self.vocab_size].float()  # (rows, V)
-        best, finite = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
+    def _choose(self, sequences: Sequence[_Sequence], logits: Tensor) -> list[tuple[_Sequence, TokenEvent]]:
+        """Sample from logits (R, V); sequences that end here leave the batch."""
+        values, ids = logits.max(-1)
+        best, finite = ids.tolist(), values.isfinite().tolist()
         results = []
         for row, sequence in enumerate(sequences):
             if not finite[row]:
@@ -216,12 +173,13 @@ class TorchEngine:
     ) -> None:
         self._batch = ContinuousBatch(model.eval(), vocab_limit)
         self._name = model_name
-        self._max_model_len = min(max_model_len or 1 << 62, self._batch.model.config.max_position_embeddings)
+        self._max_model_len = min(max_model_len or 1 << 62, self._batch.decoder.config.max_position_embeddings)
         self._max_num_seqs, self._max_queue = max_num_seqs, max_queue
         self._waiting: deque[_Ticket] = deque()
         self._running: dict[_Sequence, _Ticket] = {}
         self._changed = threading.Condition()
         self._closed = False
+        release_threads()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
@@ -339,7 +297,6 @@ def generate_batch(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    pad_id: int = 0,
     *,
     top_k: int = 0,
     vocab_limit: int | None = None,
@@ -377,7 +334,7 @@ def generate_batch(
                     index_of[sequence], answers[sequence] = i, []
                     sequences.append(sequence)
                 order = order[free:]
-                results += batch.prefill(sequences, pad_id)
+                results += batch.prefill(sequences)
             if len(batch):
                 results += batch.step()
             for sequence, event in results:

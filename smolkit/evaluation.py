@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids, encode_text, parse_tool_calls, render
 from smolkit.checkpoints import build_model, load_config, require_checkpoint
 from smolkit.doctor import read_pretrain
@@ -49,22 +50,16 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(require_checkpoint(path), dtype=dtype)
         assert type(model).__module__.startswith("transformers."), type(model)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            raise UserError(
-                f"{path}: the tokenizer has {len(tokenizer)} entries, more than the model has rows"
-            )
+            raise UserError(f"{path}: the tokenizer has {len(tokenizer)} entries, more than the model has rows")
     if adapter is not None:
         if not (adapter / "adapter_config.json").is_file():
-            raise UserError(
-                f"{adapter}: not a PEFT adapter (no adapter_config.json); train_lora.py writes one"
-            )
+            raise UserError(f"{adapter}: not a PEFT adapter (no adapter_config.json); train_lora.py writes one")
         from peft import PeftModel  # heavy, and only adapters need it
 
         try:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{adapter}: does not fit {path}: {' '.join(str(error).split())[:300]}"
-            ) from error
+            raise UserError(f"{adapter}: does not fit {path}: {' '.join(str(error).split())[:300]}") from error
     return model.to(device).eval()
 
 
@@ -77,9 +72,7 @@ def read_exam(path: Path, kinds: Sequence[str] | None = None, limit: int | None 
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: {error}; `prepare_datasets.py --source tiny` writes data/exam/exam.jsonl"
-        ) from None
+        raise UserError(f"{path}: {error}; `prepare_datasets.py --source tiny` writes data/exam/exam.jsonl") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -89,9 +82,7 @@ def read_exam(path: Path, kinds: Sequence[str] | None = None, limit: int | None 
             raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
         missing = [key for key in ("id", "kind", "language", "messages", "answer") if key not in item]
         if missing or not isinstance(item["answer"], (str, list, dict)):
-            problem = (
-                f"no {', '.join(missing)}" if missing else "answer must be a text, a list of texts or a call"
-            )
+            problem = f"no {', '.join(missing)}" if missing else "answer must be a text, a list of texts or a call"
             raise UserError(f"{path}:{number}: exam item: {problem}")
         if kinds is None or item["kind"] in kinds:
             items.append(item)
@@ -207,9 +198,7 @@ def share(values: Iterable[bool]) -> float:
 def same_answers(answers: list[Answer], others: list[tuple[str, list[int]]]) -> dict[str, float]:
     """Share of answers with the same token ids as in another run of the same exam: (item id, ids)."""
     if [answer.id for answer in answers] != [identifier for identifier, _ in others]:
-        raise UserError(
-            f"the other run answered other items ({len(others)}, here {len(answers)}): use the same exam"
-        )
+        raise UserError(f"the other run answered other items ({len(others)}, here {len(answers)}): use the same exam")
     same = share(answer.output_ids == ids for answer, (_, ids) in zip(answers, others, strict=True))
     return {"same_greedy_answers": same, "same_greedy_answers_n": len(answers)}
 
@@ -226,14 +215,28 @@ def read_answers(path: Path) -> list[tuple[str, list[int]]]:
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
-def engine_generate(
+def generate_with(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     batch_size: int,
-    **sampling: object,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Generate:
-    """Decoding by our engine; `sampling` is that of `generate_batch` (greedy without)."""
+    """Decoding by our engine for our model, by transformers' own `generate` for theirs; greedy by default."""
+    decode = engine_generate if isinstance(model, SmolForCausalLM) else transformers_generate
+    return decode(model, tokenizer, max_new_tokens, batch_size, temperature, seed)
+
+
+def engine_generate(
+    model: SmolForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Generate:
+    """Decoding by our engine."""
     limit, stops = len(tokenizer), chat_stop_ids(tokenizer)
 
     @torch.inference_mode()
@@ -244,10 +247,10 @@ def engine_generate(
             prompts,
             max_new_tokens,
             stops,
-            pad_id=tokenizer.pad_token_id,
+            temperature,
+            seed=seed,
             vocab_limit=limit,
             batch_size=batch_size,
-            **sampling,
         )
 
     return generate
@@ -264,9 +267,15 @@ def check_length(model: PreTrainedModel, prompt: int, max_new_tokens: int) -> No
 
 
 def transformers_generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Generate:
-    """Greedy decoding by transformers' own `generate`, left-padded: an independent opinion on our engine."""
+    """Decoding by transformers' own `generate`, left-padded: an independent opinion on our engine."""
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     stops, pad = chat_stop_ids(tokenizer), tokenizer.pad_token_id
     rows = model.get_output_embeddings().weight.shape[0]
     suppress = list(range(len(tokenizer), rows)) or None  # padding rows of the embedding are no tokens
@@ -274,18 +283,17 @@ def transformers_generate(
     @torch.inference_mode()
     def generate(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         outputs: list[list[int]] = []
+        torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             width = max(map(len, part))
-            ids = torch.tensor(
-                [[pad] * (width - len(p)) + list(p) for p in part], device=model.device
-            )  # (B, T)
+            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part], device=model.device)  # (B, T)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
             new = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **sampling or {"do_sample": False},
                 num_beams=1,
                 repetition_penalty=1.0,
                 suppress_tokens=suppress,
@@ -324,17 +332,13 @@ def sum_log_probs(
         while order:
             count = max(1, min(len(order), budget // len(rows[order[-1]][0])))
             part, order = order[-count:], order[:-count]
-            for i, total in zip(
-                part, batch_log_probs(model, [rows[i] for i in part], pad_id).tolist(), strict=True
-            ):
+            for i, total in zip(part, batch_log_probs(model, [rows[i] for i in part], pad_id).tolist(), strict=True):
                 sums[i] = total
             progress.update(len(part))
     return sums
 
 
-def batch_log_probs(
-    model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int
-) -> Tensor:
+def batch_log_probs(model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Tensor:
     """`sum_log_probs` of one batch: (B,) in float64."""
     width = max(len(ids) for ids, _ in rows)
     fill = [width - len(ids) for ids, _ in rows]
@@ -357,9 +361,7 @@ def preference_metrics(
     the answer's tokens (the convention of DPO, Rafailov et al. 2023); a tie counts as wrong."""
     rows = []
     for pair in pairs:
-        prompt = render(
-            tokenizer, pair["prompt"], tools=pair.get("tools"), add_generation_prompt=True
-        ).input_ids
+        prompt = render(tokenizer, pair["prompt"], tools=pair.get("tools"), add_generation_prompt=True).input_ids
         for side in ("chosen", "rejected"):
             whole = render(tokenizer, pair["prompt"] + pair[side], tools=pair.get("tools"))
             assert whole.input_ids[: len(prompt)] == prompt, "a prompt must be a prefix of its conversation"
@@ -393,9 +395,7 @@ def preferred_quality(
     for pair, output in zip(hinted, generate(prompts), strict=True):
         text = tokenizer.decode(output, skip_special_tokens=True).strip()
         ended = bool(output) and output[-1] in ends
-        samples.append(
-            {"id": pair.get("id"), "text": text, "preferred": ended and shows(pair["quality"], text)}
-        )
+        samples.append({"id": pair.get("id"), "text": text, "preferred": ended and shows(pair["quality"], text)})
     quality = share(sample["preferred"] for sample in samples)
     return {"preferred_quality": quality, "preferred_quality_n": len(samples)}, samples
 

@@ -158,4 +158,3 @@ class MasterAdamW(torch.optim.Optimizer):
             weight.copy_(self.state[weight]["master"])
             if weight.dtype == torch.float32:
                 self.state[weight]["master"] = weight.detach()
-

@@ -278,9 +278,7 @@ class Filling:
 def filling(rows: Dataset, row_length: int) -> Filling:
     """Describe rows made by `pack_rows` or `pack_blocks`, from their plan alone."""
     plan = rows.with_format("arrow")[:]
-    document, start, stop = (
-        plan[name].combine_chunks().flatten().to_numpy() for name in ("document", "start", "stop")
-    )
+    document, start, stop = (plan[name].combine_chunks().flatten().to_numpy() for name in ("document", "start", "stop"))
     tokens = int((stop - start).sum())
     _, pieces = np.unique(document, return_counts=True)
     split = pieces[pieces > 1]

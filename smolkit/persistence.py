@@ -28,8 +28,7 @@ from smolkit.chat import save_tokenizer
 from smolkit.errors import UserError
 from smolkit.files import sync, write_json
 from smolkit.manifest import discard, rotate, seal
-
-LOGS = ("metrics.jsonl", "timing.jsonl")
+from smolkit.run_report import RUN_FILES
 
 
 class Continuation(TrainerCallback):
@@ -43,14 +42,14 @@ class Continuation(TrainerCallback):
 
 
 class PersistenceMixin:
-    """Saving and loading; put before a trainer in the bases, and call `begin_persistence` when it is built."""
+    """Saving and loading; put before a trainer in the bases; call `begin_persistence` last of what adds callbacks."""
 
     def begin_persistence(self) -> None:
         self._writing: Path | None = None  # where the library writes a checkpoint while it is not whole
         self._continued_from: Path | None = None
         self._publisher: Thread | None = None  # brings the last checkpoint to the disk, with --async_save
         self._publishing_error: Exception | None = None
-        self.add_callback(Continuation(self))
+        self.callback_handler.callbacks.insert(0, Continuation(self))
 
     # what is open between two logs
 
@@ -114,7 +113,7 @@ class PersistenceMixin:
         super()._save_rng_state(output_dir)
         state = self.window_state()
         if self.state.is_world_process_zero:
-            logs = [Path(self.args.output_dir) / name for name in LOGS]
+            logs = [Path(self.args.output_dir) / name for name in RUN_FILES]
             for log in filter(Path.is_file, logs):
                 sync(log)  # a continued run relies on the rows up to here
             state["logs"] = {log.name: log.stat().st_size for log in logs if log.is_file()}

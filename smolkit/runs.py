@@ -33,7 +33,7 @@ from smolkit.manifest import (
     problem,
     step_of,
 )
-from smolkit.persistence import LOGS
+from smolkit.run_report import REPORT_FILES, RUN_FILES, write_report
 from smolkit.runtime import compute_dtype
 from smolkit.shards import checksum, token_store
 
@@ -79,10 +79,10 @@ class Job:
             for old in checkpoints(directory):  # of another attempt, or beyond where this one continues
                 if start is None or branched or step_of(old) > step_of(start):
                     discard(old)
-            for name in LOGS:
+            for name in (*RUN_FILES, *REPORT_FILES):
                 if start is None or branched:
                     (directory / name).unlink(missing_ok=True)
-                if branched and (start.parent / name).is_file():
+                if branched and name in RUN_FILES and (start.parent / name).is_file():
                     shutil.copyfile(start.parent / name, directory / name)  # training cuts it back to the checkpoint
             write_json(directory / SETTINGS_FILE, self.settings)
         except OSError as error:
@@ -113,6 +113,9 @@ def open_job(
         found = [path for path in dict.fromkeys(twins) if path is not None]
         named = stage.eval_data_path
         eval_files = token_store(named) or expand_paths(named, suffixes) if named else found
+    if args.eval_strategy != "no" and not eval_files:
+        why = "--max_eval_rows is 0" if not stage.max_eval_rows else "there is no file in validation/ beside the data"
+        raise UserError(f"nothing to evaluate on every so many steps (--eval_steps): {why}; name --eval_data_path")
     inputs = dict.fromkeys(str(path) for path in (*files, *models) if path is not None)
     settings = run_settings(stage, args, inputs, weights=str(dtype), **more)
     finished, checkpoint, notes = _agreed(args, lambda: find_start(args, settings, stage.resume))
@@ -127,9 +130,10 @@ def open_job(
 
 
 def complete(args: TrainingArguments, step: int) -> None:
-    """Leave the arguments as JSON and the mark of a finished run."""
+    """Leave the arguments as JSON, the report with its verdict, and the mark of a finished run."""
     directory = Path(args.output_dir)
     write_json(directory / "training_arguments.json", json.loads(args.to_json_string()))
+    print(write_report(directory, finished=True), flush=True)
     write_json(directory / COMPLETE_FILE, {"step": step})
 
 
@@ -153,7 +157,7 @@ def run_settings(
     """What determines the result of a run: arguments that matter, and a fingerprint of every input file."""
     ignored = """
         config max_eval_rows resume threads data_cache_dir num_proc save_dtype merge merged_dir output_dir
-        eval_data_path attn_implementation
+        eval_data_path attn_implementation sample_prompts sample_tokens peak_tflops
     """.split()
     kept = """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1

@@ -6,6 +6,7 @@ Nothing here runs on import. `prepare` may be called again; the last call wins.
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import torch
 from transformers.utils import logging
@@ -51,6 +52,16 @@ def _keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)  # big blocks come from the heap, where they can be reused
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def release_threads() -> None:
+    """End the OpenMP threads of the calling thread, before another thread takes over the computing.
+
+    GNU's OpenMP gives every thread that computes workers of its own, and as soon as there are more of them than cores
+    none waits busily any more: a decode step then takes 27 instead of 21 ms. They come back when they are needed.
+    """
+    for library in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
+        ctypes.CDLL(str(library)).omp_pause_resource_all(1)  # 1: omp_pause_soft (OpenMP 5.0)
 
 
 def has_accelerator() -> bool:

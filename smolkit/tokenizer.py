@@ -29,6 +29,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -220,6 +221,32 @@ def write_directory(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return tokenizer
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
+    """UTF-8 bytes of text that each id stands for, (V,) int64; 0 for control tokens.
+
+    The sum over the ids of a text is its length in bytes (after the tokenizer's own normalisation, where it has one:
+    Qwen composes characters, NFC). None for a tokenizer whose tokens are not pieces of bytes or of text: there such a
+    sum would be wrong.
+    """
+    vocabulary = tokenizer.get_vocab()
+    decoder = str(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    size = np.zeros(max(vocabulary.values()) + 1, np.int64)
+    added = tokenizer.added_tokens_decoder
+    if "ByteLevel" in decoder:
+        # Each character of a token is one byte.
+        for token, i in vocabulary.items():
+            size[i] = len(token)
+    elif "ByteFallback" in decoder:
+        # SentencePiece's: pieces of text with ▁ for a space, and <0x0A> for single bytes.
+        for token, i in vocabulary.items():
+            size[i] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+    else:
+        return None
+    for i, token in added.items():  # those that are not special are text, written as it is
+        size[i] = 0 if token.special else len(token.content.encode())
+    return size
 
 
 def summary(tokenizer: PreTrainedTokenizerFast, wanted: int = 0) -> str:

@@ -5,25 +5,29 @@ first non-finite loss (`smolkit.guards`), router statistics and cheap bookkeepin
 token prediction: a sum over trained tokens divided by their global number, in training and in evaluation.
 """
 
-import json
-import sys
-import time
-from pathlib import Path
+import math
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from smol_model import SmolConfig, flops_per_token
+from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
 from smolkit.checkpoints import save_final
+from smolkit.errors import UserError
 from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
 from smolkit.persistence import PersistenceMixin
+from smolkit.progress import Progress
 from smolkit.runs import complete
+from smolkit.tokenizer import token_bytes
+
+DEAD = 0.1  # an expert with less than this part of an equal share of a micro-batch learns next to nothing
+
 
 # --- trainers -----------------------------------------------------------------------------------------------
 
@@ -31,15 +35,20 @@ from smolkit.runs import complete
 class TrainerMixin(GuardMixin, PersistenceMixin):
     """Put before `Trainer` or a TRL trainer in the bases. Nothing here depends on what is trained."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, progress: Progress | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self._order: SeededOrder | None = None  # of the rows, where it is ours
-        self.begin_persistence()  # first: it cuts the logs back to what progress continues
+        self.progress = progress or Progress()
+        self.progress.evaluates = self.eval_dataset is not None
+        if self.progress.samples is not None:
+            if self.is_sharded() and not isinstance(self.model, SmolForCausalLM):
+                raise UserError("--sample_prompts: an adapter on sharded weights cannot generate; leave it out")
+            self.progress.samples.whole = self.whole_model
+        self.callback_handler.callbacks.insert(0, self.progress)  # before the reporters: it adds the speed to the logs
+        self.begin_persistence()  # the first of the callbacks: it cuts back the logs that progress continues
         self.begin_guards()
-        self.progress = Progress()
-        self.add_callback(self.progress)
         self._tokens = 0  # tokens this process has trained on since the last log, padding not counted
         self._flops_per_token: float | None = None
         self._router: dict[str, torch.Tensor] = {}
@@ -116,7 +125,12 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
             config = self.model.config
             length = inputs["input_ids"].shape[-1]
             exact = isinstance(config, SmolConfig)
-            self._flops_per_token = flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
+            flops = flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
+            products = flops_per_token(config, -1) if exact else flops  # without attention, whose length is T + 1
+            # ZeRO-3 leaves empty tensors on a process, and says how large they are
+            sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.model.parameters()]
+            frozen = sum(size for size, trained in sizes if not trained) / sum(size for size, _ in sizes)
+            self._flops_per_token = flops - frozen * products / 3  # frozen weights need no gradient of their own
         return self._flops_per_token * inputs["input_ids"].numel()
 
     def observe_router(self, outputs: Any) -> None:
@@ -133,6 +147,7 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
                 "router/dropped": stats.dropped.mean(),
                 "router/load_max": load.amax(-1).mean(),
                 "router/load_min": load.amin(-1).mean(),
+                "router/dead": (load < DEAD).float().mean(),
             }
         for name, value in values.items():
             self._router[name] = self._router.get(name, 0.0) + value.detach()
@@ -149,6 +164,37 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
             if self._skipped:
                 logs["skipped_updates"] = self._skipped
         super().log(logs, start_time)
+
+    # evaluation and samples
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Metrics of the finished model on the validation rows; evaluates only where training has not done so.
+
+        The last step of a training evaluates; when the best checkpoint was loaded instead of the last one, that is
+        another model.
+        """
+        for logs in reversed(self.state.log_history):
+            if "eval_loss" in logs and logs["step"] == self.state.global_step:
+                if not self.args.load_best_model_at_end or self.state.best_global_step == self.state.global_step:
+                    return logs
+        return self.evaluate()
+
+    def is_sharded(self) -> bool:
+        """Whether the weights may lie in parts on several processes."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def whole_model(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """The model to sample from, on the main process; None on the others. Call it on all processes (it gathers)."""
+        if not self.is_sharded():
+            return self.accelerator.unwrap_model(model) if self.args.process_index == 0 else None
+        state = final_weights(self)
+        if self.args.process_index:
+            return None
+        with torch.random.fork_rng(devices=[]):  # training's random numbers are its own
+            copy = SmolForCausalLM(deepcopy(self.model.config))
+        missing, unexpected = copy.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= set(copy._tied_weights_keys), (missing, unexpected)
+        return copy.to(device=self.args.device, dtype=next(self.model.parameters()).dtype)
 
 
 class TokenLossMixin:
@@ -193,6 +239,13 @@ class TokenLossMixin:
 
         return DataLoader(range(rank, padded, world), batch_size=self.args.eval_batch_size, collate_fn=collate)
 
+    def byte_table(self) -> torch.Tensor | None:
+        """Bytes of each token id, (V,), made once; None where the tokenizer has no such thing."""
+        if not hasattr(self, "_byte_table"):
+            sizes = token_bytes(self.processing_class)
+            self._byte_table = None if sizes is None else torch.from_numpy(sizes).to(self.args.device)
+        return self._byte_table
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -201,111 +254,35 @@ class TokenLossMixin:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean loss over trained *tokens*; the library averages over batches, whatever they hold."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        model = self.model_wrapped if sharded else self.model
+        """Mean loss over trained *tokens*, and bits per byte; the library averages over batches, whatever they hold."""
+        model = self.model_wrapped if self.is_sharded() else self.model
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        table = self.byte_table()
+        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # nats, tokens, bytes
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             inputs.pop("tokens", None)
             with torch.no_grad(), self.accelerator.autocast():
                 # A divisor of 1 gives the sum; no cache and one position of logits keep it cheap.
                 loss = model(**inputs, num_items_in_batch=1, use_cache=False, logits_to_keep=1).loss
-            total += torch.stack((loss.double(), (inputs["labels"][:, 1:] != IGNORE).sum().double()))
+            predicted = inputs["labels"][:, 1:]
+            predicted = predicted[predicted != IGNORE]
+            total[0] += loss
+            total[1] += len(predicted)
+            if table is not None:
+                total[2] += table[predicted].sum()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss_sum, tokens = self.accelerator.reduce(total, "sum").tolist()
+        nats, tokens, size = self.accelerator.reduce(total, "sum").tolist()
         metrics = {
-            f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1),
+            f"{metric_key_prefix}_loss": nats / max(tokens, 1),
             f"{metric_key_prefix}_tokens": int(tokens),
         }
+        if size:
+            # Of exactly the text whose tokens were predicted. Control tokens (the end of a document or a reply) have no
+            # bytes, but their nats count: the figure is an upper bound, and a tight one for longer texts.
+            metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / size
+            metrics[f"{metric_key_prefix}_bytes"] = int(size)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
-
-
-# --- callbacks ----------------------------------------------------------------------------------------------
-
-
-class Progress(TrainerCallback):
-    """Progress bar on the terminal, `metrics.jsonl` (what was learned) and `timing.jsonl` (how fast) on disk.
-
-    A resumed run first cuts the files back to the step it continues from, so no step appears twice.
-    """
-
-    _TIMING = ("_runtime", "_per_second", "total_flos", "train_loss")
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.directory = Path(args.output_dir)
-        self.writes = state.is_world_process_zero
-        self.started = self.last_time = time.perf_counter()
-        self.tokens = 0
-        if not self.writes:
-            return
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            self.tokens = max(self.tokens, _cut_back(self.directory / name, state.global_step))
-        if not args.disable_tqdm:
-            from tqdm.auto import tqdm
-
-            every = 0.5 if sys.stderr.isatty() else 15.0  # a log file needs no animation
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, mininterval=every, dynamic_ncols=True)
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last window is logged even when it is a short one
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not getattr(self, "writes", False):
-            return
-        now = time.perf_counter()
-        metrics = {"step": state.global_step}
-        timing = {"step": state.global_step}
-        for name, value in logs.items():
-            (timing if any(part in name for part in self._TIMING) else metrics)[name] = value
-        if "loss" in logs:
-            speed = logs["tokens"] / (now - self.last_time)
-            self.last_time = now
-            self.tokens = metrics["tokens"] = self.tokens + logs["tokens"]
-            timing["tokens_per_second"] = round(speed, 1)
-            if self.bar is not None:
-                self.bar.set_postfix_str(
-                    f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.2g}, {speed:,.0f} tok/s",
-                    refresh=False,
-                )
-        timing["elapsed_seconds"] = round(now - self.started, 3)
-        _append(self.directory / "timing.jsonl", timing)
-        if len(metrics) > 1 + ("epoch" in metrics):
-            _append(self.directory / "metrics.jsonl", metrics)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: Any, control: Any, metrics: Any = None, **kwargs: Any
-    ) -> None:
-        self.last_time = time.perf_counter()  # evaluation is not training time
-        if self.bar is not None and metrics:
-            self.bar.write(f"step {state.global_step}: validation loss {metrics.get('eval_loss', float('nan')):.4f}")
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _cut_back(path: Path, step: int) -> int:
-    """Keep the rows up to `step`; returns the last token count among them."""
-    if not path.is_file():
-        return 0
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    kept = [row for row in rows if row["step"] <= step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return max((row.get("tokens", 0) for row in kept), default=0)
 
 
 # --- ending -------------------------------------------------------------------------------------------------

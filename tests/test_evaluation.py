@@ -130,9 +130,7 @@ def test_exam_metrics_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:
         return outputs
 
     answers = evaluation.take_exam(items, tokenizer, generate, chunk=4)
-    assert [answer.id for answer in answers] == [
-        i["id"] for i in items
-    ]  # the order of the exam, not of lengths
+    assert [answer.id for answer in answers] == [i["id"] for i in items]  # the order of the exam, not of lengths
     metrics = evaluation.exam_metrics(items, answers)
     assert metrics == pytest.approx(
         {
@@ -215,10 +213,7 @@ def test_preference_accuracy_scores_only_the_answers(
     prompt = [{"role": "user", "content": "Who is Ada?"}]
     answers = ["The job of Ada is baker.", "Ada", "世界。", "baker baker", "is"]
     pairs = [
-        {"prompt": prompt, "chosen": [reply(a)], "rejected": [reply(b)]}
-        for a in answers
-        for b in answers
-        if a != b
+        {"prompt": prompt, "chosen": [reply(a)], "rejected": [reply(b)]} for a in answers for b in answers if a != b
     ]
     likelihood = {}
     for answer in answers:
@@ -281,9 +276,7 @@ def test_a_bad_exam_line_is_named(tmp_path: Path, line: str, message: str) -> No
 
 def test_exam_kinds_and_limit(tmp_path: Path) -> None:
     path = tmp_path / "exam.jsonl"
-    path.write_text(
-        "".join(json.dumps(item(i, k, "en", "x")) + "\n" for i, k in enumerate(["qa", "skill"] * 3))
-    )
+    path.write_text("".join(json.dumps(item(i, k, "en", "x")) + "\n" for i, k in enumerate(["qa", "skill"] * 3)))
     assert len(evaluation.read_exam(path, ["skill"], limit=2)) == 2
     with pytest.raises(UserError, match="no exam item of kind"):
         evaluation.read_exam(path, ["tool"])
@@ -295,12 +288,10 @@ def test_the_script_on_a_toy_checkpoint(
     checkpoint: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, run_script
 ) -> None:
     exam = tmp_path / "exam.jsonl"
-    items = [item(i, "qa", "en", "x", chance=0.1) for i in range(5)] + [
-        item(9, "tool", "zh", WANTED, tools=[TOOL])
-    ]
+    items = [item(i, "qa", "en", "x", chance=0.1) for i in range(5)] + [item(9, "tool", "zh", WANTED, tools=[TOOL])]
     exam.write_text("".join(json.dumps(i) + "\n" for i in items))
     pairs = tmp_path / "pairs.jsonl"
-    row = {"id": "p", "source": "t", "prompt": "Who?", "chosen": "Ada. Bye!", "rejected": "Ada"}
+    row = {"id": "p", "source": "t", "prompt": "Who <|im_end|>?", "chosen": "Ada. Bye!", "rejected": "Ada"}
     pairs.write_text(json.dumps({**row, "quality": {"must_end_with": ["Bye!"]}}) + "\n")
     text = tmp_path / "text.txt"
     text.write_text("The job of Ada is baker. 你好，世界。")
@@ -323,6 +314,7 @@ def test_the_script_on_a_toy_checkpoint(
     assert metrics["preferred_quality_n"] == 1 and metrics["text_bytes"] == len(text.read_bytes())
     assert {"preference_accuracy", "tool_exact_zh", "ends_by_itself", "bits_per_byte"} <= set(metrics)
     assert "same_greedy_answers" in result.stdout
+    assert "warning:" in result.stdout and "<|im_end|>" in result.stdout  # the doctor's glance at what is read
     assert len((out / "answers.jsonl").read_text().splitlines()) == 6
 
     theirs = ("--implementation", "transformers", "--compare_with", out / "answers.jsonl")
@@ -371,18 +363,14 @@ def test_bad_arguments_are_named_before_any_work(arguments: list[str], message: 
         eval_model.main(arguments)
 
 
-def test_bad_directories_are_named(
-    checkpoint: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_bad_directories_are_named(checkpoint: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
         evaluation.load_model(tmp_path, tokenizer, "transformers")
     with pytest.raises(UserError, match="not a PEFT adapter"):
         evaluation.load_model(checkpoint, tokenizer, "transformers", adapter=tmp_path)
 
 
-def test_a_prompt_beyond_the_context_is_refused(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_prompt_beyond_the_context_is_refused(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     generate = evaluation.engine_generate(model, tokenizer, max_new_tokens=250, batch_size=1)
     with pytest.raises(UserError, match="context of 256"):
         generate([[1] * 10])

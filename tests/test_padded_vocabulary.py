@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import train_full_sft
 import train_tokenizer
+from smol_model import SmolForCausalLM
 from smolkit.chat import add_chat_tokens, save_tokenizer
 from smolkit.checkpoints import new_config
 from smolkit.engine import generate_batch
@@ -70,7 +71,7 @@ def padded(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
 
 
 def test_padded_rows_are_never_sampled(padded: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = AutoModelForCausalLM.from_pretrained(padded)
+    model = SmolForCausalLM.from_pretrained(padded)
     prompts = [[1, 2, 3], [4, 5]]
     unlimited = [i for ids in generate_batch(model, prompts, 16, []) for i in ids]
     assert max(unlimited) >= ENTRIES  # this model would write them
@@ -167,9 +168,7 @@ def test_resizing_adds_rows_and_changes_no_other(
     torch.testing.assert_close(big(ids).logits[..., :ENTRIES], model(ids).logits, rtol=0, atol=1e-6)
 
 
-def test_rows_that_are_padded_already_are_used(
-    padded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_rows_that_are_padded_already_are_used(padded: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["--mode", "load", "--qwen_model", str(padded), "--save_dir", str(tmp_path / "tok")]
     resize = ["--resize_model", str(padded), "--resized_dir", str(tmp_path / "same")]
     train_tokenizer.main([*command, "--extra_special_tokens", "<a>", *resize])

@@ -1,0 +1,423 @@
+"""What a run leaves to look at: rows, speed, bits per byte, samples, reporters, the page."""
+
+import json
+import math
+import re
+import shutil
+import sqlite3
+import struct
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+import train_pretrain
+import train_tokenizer
+from smol_model import SmolConfig, flops_per_token
+from smolkit import hardware, reporters, run_report
+from smolkit.arguments import PretrainTrainingArguments
+from smolkit.chat import encode_text
+from smolkit.checkpoints import load_tokenizer
+from smolkit.errors import UserError
+from smolkit.samples import read_prompts
+from smolkit.tokenizer import token_bytes
+
+SHAPE = "hidden_size=32 intermediate_size=64 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1"
+WORDS = "the a cat dog sat on mat with red blue house of tree and ran 猫 狗 坐 在 红 蓝 房子 树 🙂 é".split()
+PROMPTS = ["the cat", "猫坐在"]
+PEAK = "0.05"
+
+
+def sentence(random: np.random.Generator) -> str:
+    return " ".join(random.choice(WORDS, random.integers(3, 20))) + "."
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("progress")
+    random = np.random.default_rng(0)
+    for part, count in (("", 80), ("validation", 10)):
+        (folder / part).mkdir(exist_ok=True)
+        rows = [json.dumps({"text": sentence(random)}, ensure_ascii=False) + "\n" for _ in range(count)]
+        (folder / part / "text.jsonl").write_text("".join(rows))
+    arguments = f"--mode train --data_path {folder}/text.jsonl --vocab_size 320 --save_dir {folder}/tokenizer"
+    train_tokenizer.main(arguments.split())
+    return folder
+
+
+def pretrain(world: Path, output: Path, *more: str) -> Path:
+    """8 steps; checkpoints at 4 and 8, evaluations at 3, 6 and 8, the same two prompts at every checkpoint."""
+    arguments = f"""--data_path {world}/text.jsonl --tokenizer_path {world}/tokenizer --model_size tiny
+        --model_overrides {SHAPE} --block_size 64 --per_device_train_batch_size 2 --max_steps 8 --logging_steps 2
+        --save_steps 4 --eval_steps 3 --disable_tqdm true --weights_dtype fp32 --sample_tokens 5
+        --peak_tflops {PEAK} --output_dir {output} --sample_prompts"""
+    train_pretrain.main([*arguments.split(), *PROMPTS, *more])
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> Path:
+    """A finished run, reported to TensorBoard."""
+    return pretrain(world, tmp_path_factory.mktemp("out") / "整run", "--report_to", "tensorboard")
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- rows
+
+
+def test_rows_hold_what_was_learned_and_how_fast(whole) -> None:
+    metrics, timing = rows(whole / "metrics.jsonl"), rows(whole / "timing.jsonl")
+    assert [row["step"] for row in metrics if "loss" in row] == [2, 4, 6, 8]
+    assert [row["step"] for row in metrics if "eval_loss" in row] == [3, 6, 8], "every 3 steps, and the last one"
+    assert {"loss", "grad_norm", "learning_rate", "tokens"} <= metrics[0].keys()
+    machine = {"tokens_per_second", "mfu", "memory_bytes", "eta_seconds", "elapsed_seconds", "eval_runtime"}
+    assert not machine & {name for row in metrics for name in row}
+    windows = [row for row in timing if "mfu" in row]
+    assert [row["step"] for row in windows] == [2, 4, 6, 8]
+    assert windows[-1]["eta_seconds"] == 0 < windows[0]["eta_seconds"]
+    assert all(50e6 < row["memory_bytes"] < 30e9 for row in windows)
+    config = SmolConfig.from_pretrained(whole)
+    for row in windows:  # rows have 64 tokens or a little less
+        cost = row["mfu"] * float(PEAK) * 1e12 / row["tokens_per_second"]
+        assert 0.9 * flops_per_token(config, 32) < cost < 1.1 * flops_per_token(config, 64)
+
+
+def test_an_interrupted_run_leaves_the_same_rows_and_samples(world, whole, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)  # as it was when killed at step 7, in the middle of a line
+    shutil.rmtree(broken / "checkpoint-8")
+    for name in ("config.json", "model.safetensors", "training_complete.json", *run_report.REPORT_FILES):
+        (broken / name).unlink()
+    for name in run_report.RUN_FILES:
+        with open(broken / name, "a") as file:
+            file.write('{"step": 7, "lo')
+    pretrain(world, broken)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (broken / name).read_text() == (whole / name).read_text()
+    assert [row["step"] for row in rows(broken / "timing.jsonl") if "mfu" in row] == [2, 4, 6, 8]
+
+
+# --- bits per byte
+
+
+def test_bits_per_byte_count_exactly_the_text_that_was_predicted(world, whole) -> None:
+    tokenizer = load_tokenizer(world / "tokenizer")
+    size = predicted = 0
+    for row in rows(world / "validation" / "text.jsonl"):
+        ids = encode_text(tokenizer, row["text"])
+        entry = tokenizer.convert_ids_to_tokens(ids[0])
+        size += len(row["text"].encode()) - len(entry)  # one character of an entry is one byte
+        predicted += len(ids)  # all but the first, and the end of the document
+    for row in rows(whole / "metrics.jsonl"):
+        if "eval_loss" in row:
+            assert (row["eval_bytes"], row["eval_tokens"]) == (size, predicted)
+            expected = row["eval_loss"] * predicted / math.log(2) / size
+            assert row["eval_bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["plain", " 周梅的宠物是猫。", "🙂 naïve\n\tœ\u0301", "<|im_end|> and <tool_call>"])
+def test_token_bytes_add_up_to_the_text(world, text: str) -> None:
+    tokenizer = load_tokenizer(world / "tokenizer")
+    sizes = token_bytes(tokenizer)
+    assert sizes[encode_text(tokenizer, text)].sum() == len(text.encode())
+    assert sizes[tokenizer.eos_token_id] == sizes[tokenizer.pad_token_id] == 0
+    assert sizes[tokenizer.convert_tokens_to_ids("<tool_call>")] == len("<tool_call>"), "written as it is"
+
+
+def test_token_bytes_of_qwen(samples) -> None:
+    tokenizer = load_tokenizer(samples / "qwen2.5_tokenizer")
+    sizes = token_bytes(tokenizer)
+    for text in ("The 第一 cafe 🙂 123", "数学题：3×4=12"):
+        assert sizes[encode_text(tokenizer, text)].sum() == len(text.encode())
+    decomposed = "cafe\u0301"
+    assert sizes[encode_text(tokenizer, decomposed)].sum() == len("café".encode()), "composed (NFC) by the tokenizer"
+
+
+def test_token_bytes_of_other_kinds_of_tokenizer() -> None:
+    pieces = {"<unk>": 0, "▁dog": 1, "猫": 2, "<0x0A>": 3}
+    backend = Tokenizer(models.BPE(pieces, [], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert token_bytes(tokenizer).tolist() == [0, 4, 3, 1]
+    backend.decoder = decoders.WordPiece()
+    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend)) is None
+
+
+# --- samples
+
+
+def test_samples_are_greedy_and_leave_training_alone(world, whole, tmp_path) -> None:
+    found = rows(whole / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in found] == [(step, text) for step in (4, 8) for text in PROMPTS]
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(whole)
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    for row in found[2:]:
+        prompt = torch.tensor([encode_text(tokenizer, row["prompt"])])
+        answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
+        ids = answer[0, prompt.shape[1] :].tolist()
+        stops = model.generation_config.eos_token_id
+        assert row["ended"] == (ids[-1] in stops) and row["tokens"] == len(ids)
+        assert row["answer"] == tokenizer.decode([i for i in ids if i not in stops])
+    arguments = ["--eval_steps", "1000", "--max_eval_rows", "4", "--sample_tokens", "1"]
+    other = pretrain(world, tmp_path / "other", *arguments)
+    one, two = (load_file(path / "model.safetensors") for path in (whole, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_prompts_come_as_texts_and_files(world, tmp_path) -> None:
+    tokenizer = load_tokenizer(world / "tokenizer")
+    file = tmp_path / "prompts.jsonl"
+    turns = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("user", "?"))]
+    file.write_text(json.dumps({"prompt": "猫"}) + "\n\n" + json.dumps({"messages": turns}) + "\n")
+    plain, text, talk = read_prompts(["a dog", str(file)], tokenizer, True, 500)
+    assert (plain.shown, text.shown, talk.shown) == ("a dog", "猫", "user: hi\nassistant: yes\nuser: ?")
+    assert tokenizer.decode(plain.input_ids).endswith("<|im_start|>user\na dog<|im_end|>\n<|im_start|>assistant\n")
+    (raw,) = read_prompts(["a dog"], tokenizer, False, 500)
+    assert raw.input_ids == encode_text(tokenizer, "a dog")
+    with pytest.raises(UserError, match=r"prompts.jsonl:3: a conversation, but this stage continues plain text"):
+        read_prompts([str(file)], tokenizer, False, 500)
+    with pytest.raises(UserError, match="leaves room for 3"):
+        read_prompts(["a dog and a cat"], tokenizer, False, 3)
+    for content, message in (("{", "prompts.jsonl:1: not valid JSON"), ("[1]", "expected"), ("", "no prompt in it")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_prompts([str(file)], tokenizer, True, 500)
+    with pytest.raises(UserError, match=r"missing.jsonl: No such file"):
+        read_prompts(["missing.jsonl"], tokenizer, True, 500)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sample_prompts", "missing.jsonl"], "missing.jsonl: No such file"),
+        (["--sample_tokens", "0"], "--sample_tokens 0 must be at least 1"),
+        (["--peak_tflops", "-1"], "--peak_tflops -1.0 must be positive"),
+        (["--max_eval_rows", "0"], "nothing to evaluate on .*--max_eval_rows is 0"),
+        (["--report_to", "nowhere"], "--report_to nowhere: choose wandb, tensorboard, trackio or none"),
+    ],
+)
+def test_bad_flags_leave_nothing_behind(world, tmp_path, more, message) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        pretrain(world, tmp_path / "out", *more)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# --- hardware
+
+
+def test_peak_is_given_looked_up_or_measured(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    assert hardware.peak(cpu, torch.float32, 2.5) == hardware.Peak(2.5e12, "--peak_tflops")
+    state = torch.get_rng_state()
+    measured = hardware.peak(cpu, torch.float32)
+    assert 1e8 < measured.flops < 1e13 and "measured" in measured.source and "float32" in measured.source
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, tflops in (("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA L40S", 362.0)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found = hardware.peak(torch.device("cuda"), torch.bfloat16)
+        assert found.flops == tflops * 1e12 and name in found.source
+    names = [name for name, _ in hardware.PEAK_TFLOPS]
+    for i, name in enumerate(names):
+        assert not any(earlier in name for earlier in names[:i]), f"{name} is never reached"
+
+
+# --- reporters
+
+
+def scalars(metrics: list[dict], name: str) -> dict[int, float]:
+    return {row["step"]: row[name] for row in metrics if name in row}
+
+
+def test_tensorboard_gets_what_the_files_have(whole) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (directory,) = (whole / "runs").iterdir()
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    for tag, file, name in (
+        ("train/loss", "metrics.jsonl", "loss"),
+        ("train/grad_norm", "metrics.jsonl", "grad_norm"),
+        ("eval/bits_per_byte", "metrics.jsonl", "eval_bits_per_byte"),
+        ("train/mfu", "timing.jsonl", "mfu"),
+        ("train/tokens_per_second", "timing.jsonl", "tokens_per_second"),
+    ):
+        sent = {event.step: event.value for event in events.Scalars(tag)}
+        assert sent == pytest.approx(scalars(rows(whole / file), name), rel=1e-6), tag
+
+
+def leveldb_log(data: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log without its 7 bytes of header: (crc, length, kind) and a piece, in blocks of 32 KiB."""
+    at, parts = 7, b""
+    data = b"\0" * 7 + data  # blocks are counted from the start of the file
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block that is too short for another piece
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield parts
+            parts = b""
+
+
+def test_wandb_offline(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    wandb.teardown()  # the mode of the test session was read when it was imported
+    output = pretrain(world, tmp_path / "out", "--report_to", "wandb")
+    wandb.finish()
+    wandb.teardown()
+
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    sent: dict[str, dict[int, float]] = {}
+    for data in leveldb_log(log.read_bytes()[7:]):
+        history = Record.FromString(data).history
+        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+        for name, value in row.items():
+            sent.setdefault(name, {})[row["train/global_step"]] = value
+    metrics = rows(output / "metrics.jsonl")
+    assert sent["train/loss"] == pytest.approx(scalars(metrics, "loss"))
+    assert sent["eval/loss"] == pytest.approx(scalars(metrics, "eval_loss"))
+    assert sent["train/mfu"] == pytest.approx(scalars(rows(output / "timing.jsonl"), "mfu"))
+
+
+def test_trackio_offline(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    output = pretrain(world, tmp_path / "out", "--report_to", "trackio")
+    (database,) = (tmp_path / "trackio").rglob("*.db")
+    with sqlite3.connect(database) as connection:
+        sent = [json.loads(row[0]) for row in connection.execute("select metrics from metrics")]
+    losses = sorted(row["train/loss"] for row in sent if "train/loss" in row)
+    assert losses == pytest.approx(sorted(scalars(rows(output / "metrics.jsonl"), "loss").values()))
+    assert [row["eval/loss"] for row in sent if "eval/loss" in row]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+def test_a_missing_reporter_is_refused(name: str, tmp_path, monkeypatch) -> None:
+    real = reporters.importlib.util.find_spec
+    monkeypatch.setattr(reporters.importlib.util, "find_spec", lambda item: None if item == name else real(item))
+    with pytest.raises(UserError, match=f"--report_to {name}: not installed; pip install {name}"):
+        PretrainTrainingArguments(output_dir=str(tmp_path), report_to=[name])
+
+
+def test_wandb_without_a_key_is_refused_before_any_work(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(UserError, match="--report_to wandb: not logged in; .*WANDB_MODE=offline"):
+        reporters.check_reporters(["wandb"])
+    assert reporters.check_reporters("none") == reporters.check_reporters(None) == []
+
+
+# --- the page
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, gathers what the page refers to, and its text by tag."""
+
+    VOID = {"meta", "line", "circle", "polyline", "br", "link", "img"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.text: dict[str, list[str]] = {}
+        self.count: dict[str, int] = {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+
+def test_the_page_is_whole_and_shows_the_figures_of_the_files(whole) -> None:
+    text = (whole / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.links and not re.search(r"url\(|@import|https?://", text), "nothing from outside"
+    assert "{{" not in text and "finished" in text
+    metrics, timing = rows(whole / "metrics.jsonl"), rows(whole / "timing.jsonl")
+    charts = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert page.count["svg"] == len(charts) == page.count["figure"] >= 6
+    lines = {line["metric"]: line for chart in charts for line in chart}
+    for name, file, scale in (
+        ("loss", metrics, 1),
+        ("eval_loss", metrics, 1),
+        ("eval_bits_per_byte", metrics, 1),
+        ("grad_norm", metrics, 1),
+        ("learning_rate", metrics, 1),
+        ("mfu", timing, 100),
+    ):
+        expected = {step: value * scale for step, value in scalars(file, name).items()}
+        assert dict(zip(lines[name]["steps"], lines[name]["values"], strict=True)) == pytest.approx(expected)
+    assert len(re.findall(r"<polyline", text)) >= len(lines)
+    cells = re.findall(r"<td class='n' title='([^']*)'", text)  # the table holds every value as it is in the file
+    assert cells == [str(row[n]) for row in metrics for n in dict.fromkeys(k for r in metrics for k in r) if n in row]
+    shown = "".join(part for parts in page.text.values() for part in parts)
+    for row in rows(whole / "samples.jsonl"):
+        assert row["prompt"] in shown and row["answer"] in shown
+    assert "整run" in shown
+    assert json.loads((whole / "diagnosis.json").read_text())["findings"][0]["text"] in shown
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_cannot_break_out_of_the_page(tmp_path, capsys) -> None:
+    evil = "</script><script>alert(1)</script><img src='http://x'>"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, evil: 1.0}) + "\n")
+    sample = {"step": 1, "prompt": evil, "answer": evil, "tokens": 3, "ended": True}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    run_report.main([str(tmp_path)])
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.count["script"] == 2 and "img" not in page.count
+    assert "so far" in page.text["small"]
+    assert "too few" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"metrics.jsonl: no rows"):
+        run_report.main([str(tmp_path / "nothing")])
+
+
+def test_long_runs_are_thinned_without_losing_spikes() -> None:
+    from smolkit.charts import MOST_POINTS, panels, thin
+
+    values = [1.0] * 5000
+    values[1234] = 9.0
+    steps, kept = thin(range(5000), values)
+    assert len(kept) <= MOST_POINTS and (1234, 9.0) in zip(steps, kept, strict=True)
+    assert steps[0] == 0 and steps[-1] == 4999
+    (panel,) = panels([{"step": i, "loss": value} for i, value in enumerate(values)], [], coin_toss=False)
+    middle, trend = panel.lines[0].trend
+    width = len(values) - len(trend) + 1
+    assert width % 2 == 1 and middle[0] == width // 2 and max(trend) == pytest.approx(1 + 8 / width)
+
+
+def test_seconds_of_a_continued_run_add_up() -> None:
+    clock = [{"step": i, "elapsed_seconds": value} for i, value in enumerate([1.0, 5.0, 9.0, 2.0, 4.0])]
+    assert run_report.elapsed(clock) == 13.0
+    assert run_report.duration(75) == "1 min 15 s" and run_report.duration(7325) == "2 h 02 min"
+    assert run_report.short(25600) == "25.6 k" and run_report.short(1.2e9) == "1.2 B"
