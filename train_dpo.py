@@ -31,7 +31,8 @@ from smolkit.checkpoints import (
 )
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.errors import UserError, run
-from smolkit.packing import LengthGroupedOrder, pair_lengths, preference_pairs
+from smolkit.packing import preference_pairs
+from smolkit.pairs import PairCollator, PairLossMixin
 from smolkit.progress import watch
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
@@ -46,19 +47,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 NOISE = ("attention_dropout", "residual_dropout", "capacity_factor")
 
 
-class PreferenceTrainer(TrainerMixin, DPOTrainer):
+class PreferenceTrainer(TrainerMixin, PairLossMixin, DPOTrainer):
     """TRL's trainer on pairs that are rendered already."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.data_collator = PairCollator(self.data_collator, self.processing_class.pad_token_id)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
-
-    def get_train_dataloader(self) -> DataLoader:
-        """With --train_sampling_strategy group_by_length, steps of pairs of similar length: less padding."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super().get_train_dataloader()
-        batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        order = LengthGroupedOrder(pair_lengths(self.train_dataset), self.order_seed(), batch_size)
-        return self.ordered_dataloader(self.train_dataset, order)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probabilities as two more columns; TRL's cache file is private to each process."""

@@ -29,6 +29,7 @@ COMMON_FLAGS = """
     gradient_checkpointing bf16 fp16 use_cpu logging_steps eval_strategy eval_steps save_strategy
     save_steps save_total_limit report_to seed deepspeed fsdp dataloader_num_workers max_length packing
     train_sampling_strategy
+    additional_steps keep_every async_save skip_nonfinite resume_from_checkpoint
     beta loss_type loss_weights label_smoothing precompute_ref_log_probs disable_dropout
 """.split()
 
@@ -249,8 +250,22 @@ class DpoArguments(StageArguments):
             raise UserError(f"--rpo_alpha {self.rpo_alpha} must not be negative")
 
 
+@dataclass
 class _CommonBehaviour:
-    """What our TrainingArguments add to the library's: the CPU is used without being asked for."""
+    """What our TrainingArguments add to the library's: some flags, and the CPU is used without being asked for."""
+
+    additional_steps: int = option(
+        0,
+        "Train this many steps more than the run was planned for; the schedule is planned anew over all of them. Works "
+        "on finished and on interrupted runs.",
+    )
+    keep_every: int = option(0, "Never delete the checkpoints of every N-th step, beside the last --save_total_limit.")
+    async_save: bool = option(
+        False, "Bring checkpoints to the disk in the background: training goes on once the system has taken the files."
+    )
+    skip_nonfinite: int = option(
+        0, "Leave out up to N updates whose loss or gradient is not finite. 0: stop before the first one."
+    )
 
     def __post_init__(self) -> None:
         if not has_accelerator():
@@ -268,6 +283,11 @@ class _CommonBehaviour:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise UserError(f"--num_epochs {self.num_train_epochs} must be positive (or give --max_steps)")
+        for name in ("additional_steps", "keep_every", "skip_nonfinite"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)} must not be negative")
+        if self.keep_every and self.load_best_model_at_end and self.save_total_limit == 1:
+            raise UserError("--save_total_limit 1 with --load_best_model_at_end keeps only the best; raise it to 2")
         if self.learning_rate < 0:
             raise UserError(f"--learning_rate {self.learning_rate} must not be negative")
         if self.eval_steps and self.eval_strategy == "no":

@@ -13,6 +13,7 @@ from smol_model import PRESETS, SmolConfig, SmolForCausalLM, count_parameters, p
 from smolkit.arguments import NewModelArguments
 from smolkit.chat import END_OF_TEXT, IM_END, IM_START, chat_stop_ids, save_tokenizer
 from smolkit.errors import UserError
+from smolkit.files import sync
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -278,9 +279,11 @@ def move_into(aside: Path, directory: Path) -> None:
     for file in files:
         target = directory / file.relative_to(aside)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync(file)
+        if file.name == "config.json":
+            sync(directory)  # the names of all others are on the disk before the one that says they are complete
         os.replace(file, target)
+    sync(directory)
     shutil.rmtree(aside)
 
 

@@ -12,13 +12,25 @@ class UserError(ValueError):
         self.code = code
 
 
+class Interrupted(Exception):
+    """The run stopped as a signal asked it to, after saving; running the same command again continues it."""
+
+
+# Exit codes: 0 finished, 2 a mistake of the user's, 75 stopped and saved (EX_TEMPFAIL of sysexits.h), 130 Ctrl-C.
+STOPPED = 75
+
+
 def run(main: Callable[[], object]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C gives 130."""
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, a stop after saving
+    exit code 75, Ctrl-C 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells expect

@@ -406,8 +406,8 @@ class LengthGroupedOrder(SeededOrder):
 
     STRETCH = 50
 
-    def __init__(self, lengths: Sequence[int], seed: int, batch_size: int):
-        super().__init__(len(lengths), seed)
+    def __init__(self, lengths: Sequence[int], seed: int, batch_size: int, multiple: int = 1):
+        super().__init__(len(lengths), seed, multiple)
         self.lengths, self.batch_size = np.asarray(lengths), batch_size
 
     def __iter__(self) -> Iterator[int]:
@@ -420,6 +420,7 @@ class LengthGroupedOrder(SeededOrder):
             whole = len(stretch) // size
             yield from stretch[: whole * size].reshape(whole, size)[random.permutation(whole)].ravel().tolist()
             yield from stretch[whole * size :].tolist()  # an incomplete step comes last
+        yield from [self.rows] * (self.length - self.rows)
 
 
 def blank_row(pad_token_id: int) -> dict[str, np.ndarray]:
@@ -432,7 +433,8 @@ def blank_row(pad_token_id: int) -> dict[str, np.ndarray]:
 class PackedCollator:
     """Rows → `input_ids`, `labels`, `position_ids`, int64 (B, T), padded on the right to the longest row.
 
-    Padding has label IGNORE and positions of its own document, so it changes no real token. With `mask_padding` an
+    Padding has label IGNORE and positions of its own document, so it changes no real token. `tokens` (1) counts what is
+    not padding; it is taken out before the batch goes into a model. With `mask_padding` an
     `attention_mask` (B, T) is added when there is padding, for a router that must not count it. Only for
     SmolForCausalLM: given a mask, transformers' models no longer keep packed documents apart.
     """
@@ -454,6 +456,8 @@ class PackedCollator:
             batch["position_ids"][i, length:] = np.arange(shape[1] - length)
         if self.mask_padding and min(lengths) < shape[1]:
             batch["attention_mask"] = (np.arange(shape[1]) < np.asarray(lengths)[:, None]).astype(np.int64)
+        # A row of one token trains nothing: it is a blank one.
+        batch["tokens"] = np.array([sum(length for length in lengths if length > 1)])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

@@ -7,24 +7,35 @@ settings.
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from smolkit.arguments import StageArguments
 from smolkit.doctor import expand_paths, validation_path
 from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError
 from smolkit.files import write_json
+from smolkit.manifest import (
+    MANIFEST,
+    checkpoints,
+    clear_remains,
+    discard,
+    newest_whole,
+    problem,
+    step_of,
+)
 from smolkit.run_report import REPORT_FILES, RUN_FILES, write_report
 from smolkit.runtime import compute_dtype
-from smolkit.shards import token_store
+from smolkit.shards import checksum, token_store
 
 SETTINGS_FILE = "run_settings.json"  # what the run was started with; changed settings are refused
 COMPLETE_FILE = "training_complete.json"  # written last; its presence means the directory is final
@@ -59,14 +70,23 @@ class Job:
         if not self.args.should_save:
             return
         directory = Path(self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / COMPLETE_FILE).unlink(missing_ok=True)
-        if self.checkpoint is None:
-            for old in directory.glob("checkpoint-*"):
-                shutil.rmtree(old)
+        start = Path(self.checkpoint) if self.checkpoint else None
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / COMPLETE_FILE).unlink(missing_ok=True)
+            clear_remains(directory)
+            branched = start is not None and start.resolve().parent != directory.resolve()
+            for old in checkpoints(directory):  # of another attempt, or beyond where this one continues
+                if start is None or branched or step_of(old) > step_of(start):
+                    discard(old)
             for name in (*RUN_FILES, *REPORT_FILES):
-                (directory / name).unlink(missing_ok=True)
-        write_json(directory / SETTINGS_FILE, self.settings)
+                if start is None or branched:
+                    (directory / name).unlink(missing_ok=True)
+                if branched and name in RUN_FILES and (start.parent / name).is_file():
+                    shutil.copyfile(start.parent / name, directory / name)  # training cuts it back to the checkpoint
+            write_json(directory / SETTINGS_FILE, self.settings)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
 
     def where(self) -> str:
         """Output directory, and the checkpoint the run continues from."""
@@ -98,10 +118,11 @@ def open_job(
         raise UserError(f"nothing to evaluate on every so many steps (--eval_steps): {why}; name --eval_data_path")
     inputs = dict.fromkeys(str(path) for path in (*files, *models) if path is not None)
     settings = run_settings(stage, args, inputs, weights=str(dtype), **more)
-    finished, checkpoint = find_start(args, settings, stage.resume)
+    finished, checkpoint, notes = _agreed(args, lambda: find_start(args, settings, stage.resume))
     if finished and args.process_index == 0:
         print(f"{args.output_dir} is already trained with these settings; nothing to do")
     warnings = [] if finished else glance(files, eval_files)  # by every process: a problem must stop them all
+    warnings = [*notes, *warnings]
     if args.process_index == 0:
         print("".join(f"warning: {warning}\n" for warning in warnings), end="", flush=True)
     save_dtype = dtype if stage.save_dtype == "auto" else compute_dtype(stage.save_dtype)
@@ -140,48 +161,72 @@ def run_settings(
     """.split()
     kept = """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1
-        adam_beta2 adam_epsilon max_grad_norm per_device_train_batch_size
-        gradient_accumulation_steps max_steps num_train_epochs seed data_seed optim bf16 fp16
+        adam_beta2 adam_epsilon max_grad_norm max_steps num_train_epochs seed data_seed optim bf16 fp16
         label_smoothing_factor max_length packing beta loss_type loss_weights label_smoothing
-        f_divergence_type train_sampling_strategy world_size
+        f_divergence_type train_sampling_strategy additional_steps
     """.split()
     settings = {name: value for name, value in asdict(stage).items() if name not in ignored}
     values = {name: getattr(args, name) for name in kept if hasattr(args, name)}
     settings |= {name: getattr(value, "value", value) for name, value in values.items()}
     settings |= more
+    layout = (args.world_size, args.train_batch_size, args.gradient_accumulation_steps)
+    settings |= {"global_batch_size": math.prod(layout), "layout": layout, "engine": engine_of(args)}
+    if args.resume_from_checkpoint:
+        settings["branched_from"] = str(Path(args.resume_from_checkpoint).resolve())
     settings["inputs"] = {str(path): fingerprint(path) for path in inputs}
     return json.loads(json.dumps(settings))
 
 
+def engine_of(args: TrainingArguments) -> str:
+    """Who holds weights and optimizer, which is how they lie in a checkpoint."""
+    return "deepspeed" if args.deepspeed_plugin else "fsdp" if args.fsdp_plugin_args else "whole"
+
+
 def fingerprint(path: str | Path) -> str:
-    """Size and hash of a file (of its ends beyond 64 MiB), or hash of a model directory's main files."""
+    """Size and checksum of a file, or hash of a model directory's main files."""
     path = Path(path)
     if path.is_dir():
         patterns = ("*.safetensors", "config.json", "tokenizer.json", "vocab.json", "merges.txt")
         names = sorted(name for pattern in patterns for name in path.glob(pattern))
         return hashlib.sha256(" ".join(fingerprint(name) for name in names).encode()).hexdigest()[:16]
-    digest, size, chunk = hashlib.sha256(), path.stat().st_size, 32 * 2**20
-    with open(path, "rb") as file:
-        digest.update(file.read(chunk))
-        file.seek(max(min(size, chunk), size - chunk))
-        digest.update(file.read(chunk))
-    return f"{size}:{digest.hexdigest()[:16]}"
+    return f"{path.stat().st_size}:{checksum(path)}"
 
 
-def find_start(args: TrainingArguments, settings: dict[str, Any], resume: str) -> tuple[bool, str | None]:
-    """(finished, checkpoint to continue from) for an output directory. Changes nothing on disk.
+Start = tuple[bool, str | None, list[str]]
 
-    Raises `UserError` when the directory belongs to a run with other settings or to something else.
+
+def _agreed(args: TrainingArguments, decide: Callable[[], Start]) -> Start:
+    """What the main process decides: only one of them reads the checkpoints, and none can see another state of them.
+
+    Raises its `UserError` on all processes.
     """
-    directory = Path(args.output_dir)
-    if args.resume_from_checkpoint:
-        if resume == "never":
-            raise UserError("--resume never and --resume_from_checkpoint contradict each other; leave one out")
-        if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
-            raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: not a training checkpoint")
-        return False, args.resume_from_checkpoint
+    if args.world_size == 1:
+        return decide()
+    decision: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            decision = [decide()]
+        except UserError as error:
+            decision = [error]
+    broadcast_object_list(decision)
+    if isinstance(decision[0], UserError):
+        raise decision[0]
+    return decision[0]
+
+
+def find_start(args: TrainingArguments, settings: dict[str, Any], resume: str) -> Start:
+    """(finished, checkpoint to continue from, remarks) for an output directory. Changes nothing on disk.
+
+    Raises `UserError` when the directory belongs to a run with other settings or to something else, when it cannot be
+    written, and when there are checkpoints but none is whole.
+    """
+    directory, named = Path(args.output_dir), args.resume_from_checkpoint
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--output_dir {directory} is a file; name a directory")
+    _try_writing(directory)
+    notes = _check_named(named, resume) if named else []
+    if named and Path(named).resolve().parent == directory.resolve():
+        return False, named, notes  # back to an earlier step of this run, with whatever settings
     try:
         before = json.loads((directory / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
@@ -191,21 +236,85 @@ def find_start(args: TrainingArguments, settings: dict[str, Any], resume: str) -
             raise UserError(
                 f"{directory} holds {foreign[0]}, which this script did not write; use another --output_dir"
             ) from None
-        return False, None
+        return False, named, notes
     if resume == "never":
-        return False, None
-    changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
+        return False, None, []
+    if not named and "branched_from" in before:
+        settings["branched_from"] = before["branched_from"]
+    notes = _compare(directory, before, settings)
+    more = settings["additional_steps"] - before.get("additional_steps", 0)
+    if (directory / COMPLETE_FILE).is_file() and not more:
+        return True, None, []
+    checkpoint, skipped = newest_whole(directory)
+    if checkpoint is None and skipped:
+        raise UserError(
+            f"no checkpoint of {directory} is whole: {'; '.join(skipped)}. Restore one, name another with "
+            "--resume_from_checkpoint, or start over with --resume never"
+        )
+    if checkpoint is None and more:
+        raise UserError(f"--additional_steps {args.additional_steps}: {directory} has no checkpoint to continue from")
+    notes += [f"skipped {line}" for line in skipped]
+    return False, str(checkpoint) if checkpoint else named, notes
+
+
+def _try_writing(directory: Path) -> None:
+    """`UserError` if files cannot be made where `directory` is or will be; leaves no trace."""
+    place = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    return UserError(f"--output_dir {directory}: cannot write there: {error.strerror or error}; use another directory")
+
+
+def _check_named(named: str, resume: str) -> list[str]:
+    """Remarks on --resume_from_checkpoint; `UserError` when it cannot be continued from."""
+    if resume == "never":
+        raise UserError("--resume never and --resume_from_checkpoint contradict each other; leave one out")
+    if not (Path(named) / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {named}: not a training checkpoint")
+    if not (Path(named) / MANIFEST).is_file():
+        return [f"{named} has no {MANIFEST}: it is used unchecked, as another tool wrote it"]
+    if reason := problem(Path(named)):
+        raise UserError(f"--resume_from_checkpoint {named}: {reason}")
+    return []
+
+
+def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Remarks on how a run is continued; `UserError` if its settings are not those it was started with."""
+    free = ("layout", "additional_steps")
+    changed = [name for name in now.keys() | before.keys() if name not in free and now.get(name) != before.get(name)]
     if changed:
         raise UserError(
-            f"{directory} holds a run with other settings: {_difference(before, settings, min(changed))}; "
+            f"{directory} holds a run with other settings: {_difference(before, now, min(changed))}; "
             "use another --output_dir, or --resume never to start over"
         )
-    return (directory / COMPLETE_FILE).is_file(), get_last_checkpoint(directory)
+    extra = before.get("additional_steps", 0)
+    if now["additional_steps"] < extra:
+        raise UserError(
+            f"{directory} holds a run with --additional_steps {extra}, not {now['additional_steps']}; "
+            f"give {extra} or more"
+        )
+    if before["layout"] == now["layout"]:
+        return []
+    old, new = (f"{world} x {size} x {steps}" for world, size, steps in (before["layout"], now["layout"]))
+    if now["engine"] == "deepspeed" and before["layout"][0] != now["layout"][0]:
+        raise UserError(
+            f"{directory} was trained by {before['layout'][0]} processes, which DeepSpeed splits checkpoints over; "
+            f"continue with as many, not {now['layout'][0]}"
+        )
+    return [f"continues with {new} (processes x batch x accumulation) instead of {old}: equal up to rounding"]
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any], name: str) -> str:
     """What changed in one setting; for the inputs, which file."""
     old, new = before.get(name), now.get(name)
+    if name == "global_batch_size":
+        old, new = (f"{each[name]} ({' x '.join(map(str, each['layout']))})" for each in (before, now))
+        return f"the global batch (processes x batch x accumulation) was {old} and is now {new}"
     if name != "inputs" or not isinstance(old, dict) or not isinstance(new, dict):
         return f"{name} was {old!r} and is now {new!r}"
     path = min(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))

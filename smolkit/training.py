@@ -1,31 +1,27 @@
 """What all trainers share: mixins for `transformers.Trainer` and its TRL children, progress, the final model.
 
-The mixin adds fp32 master weights, whole-or-absent checkpoints without pickled arguments, a stop at the first
-non-finite loss, router statistics and cheap per-step bookkeeping. `TokenLossMixin` adds the loss of token
-prediction: a sum over trained tokens divided by their global number, in training and in evaluation.
+The mixin adds fp32 master weights, whole-or-absent checkpoints (`smolkit.persistence`), a stop at signals and at the
+first non-finite loss (`smolkit.guards`), router statistics and cheap bookkeeping. `TokenLossMixin` adds the loss of
+token prediction: a sum over trained tokens divided by their global number, in training and in evaluation.
 """
 
-import json
 import math
-import os
-import shutil
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
-from smolkit.chat import save_tokenizer
 from smolkit.checkpoints import save_final
 from smolkit.errors import UserError
-from smolkit.files import write_json
+from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
+from smolkit.persistence import PersistenceMixin
 from smolkit.progress import Progress
 from smolkit.runs import complete
 from smolkit.tokenizer import token_bytes
@@ -36,13 +32,14 @@ DEAD = 0.1  # an expert with less than this part of an equal share of a micro-ba
 # --- trainers -----------------------------------------------------------------------------------------------
 
 
-class TrainerMixin:
+class TrainerMixin(GuardMixin, PersistenceMixin):
     """Put before `Trainer` or a TRL trainer in the bases. Nothing here depends on what is trained."""
 
     def __init__(self, *args: Any, progress: Progress | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+        self._order: SeededOrder | None = None  # of the rows, where it is ours
         self.progress = progress or Progress()
         self.progress.evaluates = self.eval_dataset is not None
         if self.progress.samples is not None:
@@ -50,11 +47,12 @@ class TrainerMixin:
                 raise UserError("--sample_prompts: an adapter on sharded weights cannot generate; leave it out")
             self.progress.samples.whole = self.whole_model
         self.callback_handler.callbacks.insert(0, self.progress)  # before the reporters: it adds the speed to the logs
-        self._tokens = 0  # input tokens this process has trained on since the last log
+        self.begin_persistence()  # the first of the callbacks: it cuts back the logs that progress continues
+        self.begin_guards()
+        self._tokens = 0  # tokens this process has trained on since the last log, padding not counted
         self._flops_per_token: float | None = None
         self._router: dict[str, torch.Tensor] = {}
         self._router_batches = 0
-        self._writing: Path | None = None
 
     def _send_telemetry(self) -> None:
         """TRL reports each run to its authors; this toolkit makes no network calls of its own."""
@@ -101,8 +99,12 @@ class TrainerMixin:
 
     def ordered_dataloader(self, dataset: Any, order: SeededOrder) -> DataLoader:
         """The library's training loader with an order of ours, which learns the epoch in a resumed one, too."""
-        batch_size = self._train_batch_size
-        loader = self._get_dataloader(dataset, "Training", batch_size, lambda _: order, is_training=True)
+        if len(dataset) != order.rows:  # accelerate takes the rest of a division for duplicates to drop from metrics
+            dataset.total_dataset_length = len(order)
+        loader = self._get_dataloader(
+            dataset, "Training", self._train_batch_size, lambda _: order, is_training=True
+        )
+        self._order = order
         loader.set_sampler(order)  # where accelerate looks for it when batches are skipped
         return loader
 
@@ -111,15 +113,11 @@ class TrainerMixin:
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        self._tokens += inputs["input_ids"].numel()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (process "
-                f"{self.args.process_index}); nothing was updated with it. Lower --learning_rate (now "
-                f"{self._get_learning_rate():.2g}), raise --warmup_steps, or look at the data of this batch"
-            )
-        return loss
+        tokens = inputs.pop("tokens", None)  # counted by the collator, where there is no mask to count
+        if tokens is None:
+            tokens = inputs.get("attention_mask")
+        self._tokens += inputs["input_ids"].numel() if tokens is None else int(tokens.sum())
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Training FLOPs of a micro-batch; the library's version counts the parameters anew at every step."""
@@ -163,6 +161,8 @@ class TrainerMixin:
             if self._router_batches:
                 logs |= {name: float(value) / self._router_batches for name, value in self._router.items()}
                 self._router, self._router_batches = {}, 0
+            if self._skipped:
+                logs["skipped_updates"] = self._skipped
         super().log(logs, start_time)
 
     # evaluation and samples
@@ -196,58 +196,6 @@ class TrainerMixin:
         assert not unexpected and set(missing) <= set(copy._tied_weights_keys), (missing, unexpected)
         return copy.to(device=self.args.device, dtype=next(self.model.parameters()).dtype)
 
-    # checkpoints
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """The library writes aside and the result is renamed: a checkpoint appears whole or not at all."""
-        parent = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        aside = parent / ".writing-checkpoint"
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._writing = aside
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._writing = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(parent / f"checkpoint-{self.state.best_global_step}")
-                self.state.save_to_json(aside / name / "trainer_state.json")
-            for file in (aside / name).rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
-            shutil.rmtree(parent / name, ignore_errors=True)
-            os.replace(aside / name, parent / name)
-            shutil.rmtree(aside)
-            rotate_checkpoints(str(parent), self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights, config and tokenizer; the arguments as JSON, where the library would pickle them."""
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        unwrapped.save_pretrained(directory, state_dict=state_dict)
-        if self.args.should_save:
-            save_tokenizer(self.processing_class, directory)
-            write_json(directory / "training_arguments.json", json.loads(self.args.to_json_string()))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """By `from_pretrained`: on disk the experts of a MoE have other names than in memory."""
-        target = self.model if model is None else model
-        if not isinstance(target, SmolForCausalLM) or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = SmolForCausalLM.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
-        return None
-
 
 class TokenLossMixin:
     """Loss of token prediction by the model itself; put it before `TrainerMixin`.
@@ -268,10 +216,13 @@ class TokenLossMixin:
 
     def get_train_dataloader(self) -> DataLoader:
         """The library's, but rows that do not divide among the processes are filled up with blank ones."""
-        if self.accelerator.num_processes == 1 or self.args.train_sampling_strategy != "random":
+        if self.args.train_sampling_strategy != "random":
             return super().get_train_dataloader()
-        batch_size = self.accelerator.num_processes * self._train_batch_size
-        order = SeededOrder(len(self.train_dataset), self.order_seed(), batch_size)
+        processes = self.accelerator.num_processes
+        multiple = processes * self._train_batch_size if processes > 1 else 1
+        order = SeededOrder(len(self.train_dataset), self.order_seed(), multiple)
+        if processes == 1:
+            return self.ordered_dataloader(self.train_dataset, order)
         blank = [blank_row(self.processing_class.pad_token_id)]
         return self.ordered_dataloader(ConcatDataset([self.train_dataset, blank]), order)
 
@@ -310,6 +261,7 @@ class TokenLossMixin:
         total = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # nats, tokens, bytes
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
+            inputs.pop("tokens", None)
             with torch.no_grad(), self.accelerator.autocast():
                 # A divisor of 1 gives the sum; no cache and one position of logits keep it cheap.
                 loss = model(**inputs, num_items_in_batch=1, use_cache=False, logits_to_keep=1).loss

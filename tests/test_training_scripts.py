@@ -262,13 +262,16 @@ def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
 
 def test_dpo_pads_less_when_steps_are_grouped_by_length(world, tuned, tmp_path, capsys) -> None:
     quiet = "--disable_tqdm true --max_eval_rows 0 --num_epochs 2 --per_device_train_batch_size 2".split()
-    tokens = {}
+    tokens, work = {}, {}
     for strategy in ("random", "group_by_length"):
         more = [*quiet, "--save_steps", "20", "--train_sampling_strategy", strategy]
         train_dpo.main(dpo_arguments(world, tuned, tmp_path / strategy, *more))
         tokens[strategy] = metrics(tmp_path / strategy, "tokens")
+        timing = (tmp_path / strategy / "timing.jsonl").read_text().splitlines()
+        work[strategy] = next(row["total_flos"] for row in map(json.loads, timing) if "total_flos" in row)
     assert len(tokens["random"]) == len(tokens["group_by_length"]) == 30
-    assert tokens["group_by_length"][-1] < 0.95 * tokens["random"][-1]
+    assert tokens["group_by_length"][-1] == tokens["random"][-1], "padding is not counted"
+    assert work["group_by_length"] < 0.95 * work["random"]
 
     output = tmp_path / "group_by_length"
     learned = ("step", "loss", "tokens", "grad_norm", "logps/chosen", "logps/rejected")

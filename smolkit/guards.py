@@ -1,0 +1,230 @@
+"""What stops a training run before harm is done: signals, losses that are not finite, and a word about jumps.
+
+Once per step, after the gradients are there and before they are used, all processes compare notes (one small
+reduction): has one of them been asked to stop, has one met a loss or gradient that is not finite? So all decide alike,
+whichever process it happened to.
+"""
+
+import math
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from smolkit.errors import STOPPED, Interrupted, UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's warning (--signal=USR1@300)
+ECHO = 2.0  # seconds in which a second Ctrl-C is the launcher passing on the first
+
+
+class Spikes:
+    """Tells when a loss is far above that of the last steps: by 6 deviations and by 0.5 nats.
+
+    Both are robust: the level is a median of `NEEDED` steps, the deviation the median difference of neighbours among
+    `SEEN` steps, which a steady fall does not widen.
+    """
+
+    SEEN, NEEDED = 50, 10
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=self.SEEN)
+        self.quiet = 0  # steps without another warning
+
+    def usual(self, loss: float) -> float | None:
+        """The usual loss if this one is far above it, else None."""
+        middle = None
+        if len(self.losses) >= self.NEEDED and not self.quiet:
+            median = statistics.median(list(self.losses)[-self.NEEDED :])
+            deviation = 1.05 * statistics.median(abs(b - a) for a, b in pairwise(self.losses))  # 1.4826 / sqrt(2)
+            if loss > median + max(6 * deviation, 0.5):
+                middle, self.quiet = median, self.NEEDED
+        self.quiet = max(0, self.quiet - 1)
+        self.losses.append(loss)
+        return middle
+
+
+class Guard(TrainerCallback):
+    """The trainer's callbacks on behalf of its `GuardMixin`."""
+
+    def __init__(self, trainer: "GuardMixin"):
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.begin_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopping and state.global_step < state.max_steps:
+            control.should_save = True
+
+
+class GuardMixin:
+    """Put before a trainer in the bases, and call `begin_guards` when it is built."""
+
+    def begin_guards(self) -> None:
+        self._asked = 0  # the signal this process has received
+        self.stopping = 0  # the signal that all processes agreed to stop for
+        self._skipped = 0  # updates left out because of --skip_nonfinite
+        self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
+        self._before: dict[str, Any] | None = None
+        self._spikes = Spikes()
+        self._group: Any = None
+        self.add_callback(Guard(self))
+        if self.is_deepspeed_enabled:
+            if self.args.skip_nonfinite:
+                raise UserError("--skip_nonfinite does not work with DeepSpeed, which updates inside its backward pass")
+            self.accelerator.backward = self._checked(self.accelerator.backward)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self._signals():
+            return super().train(*args, **kwargs)
+
+    # agreement
+
+    def vote(self, *values: float) -> list[float]:
+        """The largest of each value over all processes."""
+        if self.args.world_size == 1:
+            return list(values)
+        if self._group is None:  # on the CPU: the accelerator has nothing to wait for
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        ballot = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
+        return ballot.tolist()
+
+    # signals
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Within: a signal finishes the step and saves. A second SIGINT aborts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        first = 0.0
+
+        def handle(number: int, frame: Any) -> None:
+            nonlocal first
+            if number == signal.SIGINT and self._asked and time.monotonic() - first > ECHO:
+                raise KeyboardInterrupt
+            if not self._asked:
+                self._asked, first = number, time.monotonic()
+
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if not self.stopping or self.state.global_step >= self.state.max_steps:
+            return  # at the last step there is only the end left to do
+        self.finish_saving()
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        raise Interrupted(
+            f"stopped by {signal.Signals(self.stopping).name} after step {self.state.global_step} of "
+            f"{self.state.max_steps} and saved in {self.args.output_dir} (exit code {STOPPED}); the same command "
+            "continues the run"
+        )
+
+    # losses
+
+    def begin_step(self) -> None:
+        self._losses = []
+        self._before = self.window_state() if self.args.skip_nonfinite else None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm; between backward pass and update, so this is where the processes compare notes."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses = [float(loss) for loss in self._losses]
+        total = sum(losses)
+        scaled = self.accelerator.scaler is not None  # fp16: infinite gradients are the scaler's to handle
+        bad = not math.isfinite(total) or not (scaled or norm is None or math.isfinite(float(norm)))
+        bad, self.stopping, highest = self.vote(bad, self._asked, total if math.isfinite(total) else -math.inf)
+        self.stopping = int(self.stopping)
+        if bad:
+            self._leave_out(losses, norm)
+            model.zero_grad(set_to_none=True)  # no gradient: the optimizer leaves weights and moments alone
+            return 0.0
+        usual = self._spikes.usual(highest)
+        if usual is not None and self.args.process_index == 0:
+            print(
+                f"warning: the loss jumped to {highest:.3f} at step {self.state.global_step + 1}, from about "
+                f"{usual:.3f}: look at the data there, or lower --learning_rate",
+                flush=True,
+            )
+        return norm
+
+    def _leave_out(self, losses: list[float], norm: Any) -> None:
+        """Forget this step's sums, or raise `UserError` when no more updates may be skipped."""
+        text = self._describe(losses, norm)
+        if self._skipped >= self.args.skip_nonfinite:
+            allowed = f", {self._skipped} skipped before" if self._skipped else ""
+            raise UserError(
+                f"{text}; nothing was updated with it{allowed}. Lower --learning_rate (now "
+                f"{self._get_learning_rate():.2g}), raise --warmup_steps, look at the data of this batch, or let "
+                "--skip_nonfinite N leave out up to N such updates"
+            )
+        skipped = self._skipped + 1
+        self.set_window_state(self._before)
+        self._skipped = skipped
+        self._globalstep_last_logged += 1  # the mean of the window is over the other steps
+        if self.args.process_index == 0:
+            print(f"warning: {text}; update skipped ({skipped} of {self.args.skip_nonfinite} allowed)", flush=True)
+
+    def _describe(self, losses: list[float], norm: Any) -> str:
+        """What is not finite: step, process, micro-batch, rows."""
+        mine = []
+        for micro, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                rows = self.rows_of(micro)
+                where = f", rows {' '.join(map(str, rows))} of the training data" if rows else ""
+                mine.append(
+                    f"process {self.args.process_index}, batch {micro + 1} of {len(losses)} in the step{where}"
+                )
+                break
+        value = next((loss for loss in losses if not math.isfinite(loss)), None)
+        found = [(text, value) for text, value in gather_object([(mine[0] if mine else "", value)]) if text]
+        step = self.state.global_step + 1
+        if not found:
+            return f"the gradient norm is {float(norm)} at step {step} (every loss is finite)"
+        return f"the loss is {found[0][1]} at step {step} ({'; '.join(text for text, _ in found)})"
+
+    def rows_of(self, micro: int) -> list[int]:
+        """Rows of the training data in a micro-batch of the current step of this process; [] if unknown."""
+        if self._order is None:
+            return []
+        size, processes = self._train_batch_size, self.args.world_size
+        accumulation = self.args.gradient_accumulation_steps
+        batches = -(-len(self._order) // (size * processes))
+        epoch, step = divmod(self.state.global_step, -(-batches // accumulation))
+        order = copy(self._order)
+        order.set_epoch(epoch)
+        start = ((step * accumulation + micro) * processes + self.args.process_index) * size
+        return [row for row in list(order)[start : start + size] if row < order.rows]
+
+    def _checked(self, backward: Callable[..., None]) -> Callable[..., None]:
+        """DeepSpeed updates inside the backward pass of a step's last micro-batch: look before it."""
+
+        def checked(loss: torch.Tensor, **kwargs: Any) -> None:
+            losses = [*(float(each) for each in self._losses), float(loss.detach())]
+            if self.vote(not math.isfinite(losses[-1]))[0]:
+                self._leave_out(losses, None)
+            backward(loss, **kwargs)
+
+        return checked

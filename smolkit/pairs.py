@@ -1,0 +1,88 @@
+"""Batches of preference pairs that do not divide evenly: every pair once per epoch, on any number of processes.
+
+A step's loss is the mean over its pairs, wherever they are computed. Where an epoch ends in the middle of a batch,
+processes have different numbers of pairs, some none; each loss is weighted by its share of the step's pairs. (The
+library would train the first pairs of the epoch a second time, and give micro-batches equal weight whatever they hold.)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, DataLoader
+
+from smolkit.packing import LengthGroupedOrder, SeededOrder, pair_lengths
+
+
+@dataclass
+class PairCollator:
+    """TRL's collator on the pairs of a batch, without its blank ones (None); their number in `pairs`, (1,).
+
+    A batch of blanks only becomes one pair of two equal answers, for a process that has to take part in the step.
+    """
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any] | None]) -> dict[str, torch.Tensor]:
+        pairs = [row for row in rows if row is not None]
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        blank = {name: [self.pad_token_id] for name in names} | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+        batch = self.collate(pairs or [blank])
+        return {**batch, "pairs": torch.tensor([len(pairs)])}
+
+
+class PairLossMixin:
+    """Put between `TrainerMixin` and TRL's trainer of preference pairs; the trainer's collator is a `PairCollator`."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """With --train_sampling_strategy group_by_length, steps of pairs of similar length: less padding."""
+        processes, rows = self.accelerator.num_processes, len(self.train_dataset)
+        multiple = processes * self._train_batch_size if processes > 1 else 1
+        if self.args.train_sampling_strategy == "group_by_length":
+            step = self._train_batch_size * self.args.gradient_accumulation_steps * processes
+            order = LengthGroupedOrder(pair_lengths(self.train_dataset), self.order_seed(), step, multiple)
+        elif self.args.train_sampling_strategy == "random":
+            order = SeededOrder(rows, self.order_seed(), multiple)
+        else:
+            return super().get_train_dataloader()
+        if processes == 1:
+            return self.ordered_dataloader(self.train_dataset, order)
+        return self.ordered_dataloader(ConcatDataset([self.train_dataset, [None]]), order)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss, weighted by this micro-batch's share of the pairs of the step."""
+        pairs = inputs.pop("pairs", None)
+        if pairs is None or not model.training or self._order is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        processes, micro_batches = self.args.world_size, self.current_gradient_accumulation_steps
+        whole = self._train_batch_size * self.args.gradient_accumulation_steps * processes
+        done = self.state.global_step % -(-self._order.rows // whole) * whole
+        in_step = min(whole, self._order.rows - done)
+        uneven = processes > 1 and in_step < whole
+        with self._uneven_gathers(int(pairs)) if uneven else nullcontext():
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        weight = int(pairs) * processes * micro_batches / in_step
+        assert not isinstance(loss, tuple), "outputs are only asked for in evaluation"
+        return loss if weight == 1 else loss * weight
+
+    @contextmanager
+    def _uneven_gathers(self, pairs: int) -> Iterator[None]:
+        """Within: TRL's metrics are gathered although processes hold different numbers of pairs."""
+        plain = self.accelerator.gather
+
+        def gather(values: torch.Tensor) -> torch.Tensor:
+            if values.ndim == 0:  # a sum over tokens; a blank pair has none
+                return plain(values if pairs else torch.zeros_like(values))
+            padded = values.new_full((self._train_batch_size,), float("nan"))
+            padded[:pairs] = values[:pairs]
+            every = plain(padded)
+            return every[~every.isnan()]
+
+        self.accelerator.gather = gather
+        try:
+            yield
+        finally:
+            del self.accelerator.gather
