@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from smolkit.errors import UserError
+from smolkit.renamed import hint
 from smolkit.reporters import check_reporters
 from smolkit.runtime import has_accelerator
 
@@ -395,6 +396,9 @@ def parse(dataclasses_: Sequence[type], argv: Sequence[str] | None, description:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if unknown:
+        renamed = [item + hint(item) for item in unknown if item.startswith("--") and hint(item)]
+        if renamed:
+            raise UserError("unknown argument " + "; ".join(renamed))
         raise UserError(f"unknown arguments: {' '.join(unknown)}; --help_all lists the known ones")
     for arguments in parsed:
         if hasattr(arguments, "validate"):
@@ -442,7 +446,7 @@ def _read_config(path: str, dataclasses_: Sequence[type]) -> dict[str, Any]:
     for key, value in content.items():
         item = known.get(str(key).replace("-", "_"))
         if item is None:
-            raise UserError(f"{path}: unknown argument {key!r}; --help_all lists them")
+            raise UserError(f"{path}: unknown argument {key!r}{hint(str(key)) or '; --help_all lists them'}")
         is_list = "list" in str(item.type)
         result[item.name] = value if not is_list or isinstance(value, list | None) else [value]
     return result

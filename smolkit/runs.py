@@ -7,6 +7,7 @@ settings.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -72,6 +73,11 @@ class Job:
         """Output directory, and the checkpoint the run continues from."""
         return self.args.output_dir + (f", continued from {self.checkpoint}" if self.checkpoint else "")
 
+    def processes(self) -> str:
+        """How many processes train, and what divides the work among them."""
+        count = self.args.world_size
+        return f"{count} processes, {sharding_engine(self.args) or 'DDP'}" if count > 1 else "1 process"
+
 
 def open_job(
     stage: StageArguments,
@@ -86,6 +92,11 @@ def open_job(
     on. Raises `UserError` for missing data, contradicting flags, and an output directory that is taken.
     """
     dtype = weights_dtype(stage.weights_dtype, args)
+    if args.deepspeed_plugin and torch.distributed.is_initialized():
+        import deepspeed
+
+        # On CPUs accelerate leaves this out, and ZeRO-3 would load weights as one process of one.
+        deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
     files = token_store(stage.data_path) or expand_paths(stage.data_path, suffixes)
     eval_files: list[Path] = []
     if stage.max_eval_rows:
@@ -116,9 +127,37 @@ def complete(args: TrainingArguments, step: int) -> None:
     write_json(directory / COMPLETE_FILE, {"step": step})
 
 
+def sharding_engine(args: TrainingArguments) -> str | None:
+    """What divides weights or optimizer state among processes; None under DDP and with one process."""
+    if args.deepspeed_plugin:
+        zero = args.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {})
+        name = f"DeepSpeed ZeRO-{zero.get('stage', 0)}"
+        for key, part in (("offload_optimizer", "optimizer"), ("offload_param", "weights")):
+            device = zero.get(key, {}).get("device", "none")
+            name += f", {part} on {device}" if device != "none" else ""
+        return name
+    if args.fsdp_plugin_args:
+        return f"FSDP{args.fsdp_plugin_args['fsdp_version']}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate launch: not in the arguments
+        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    return None
+
+
+def load_on_every_process(args: TrainingArguments) -> None:
+    """Under FSDP every process reads the weights itself, whatever the launcher's file says.
+
+    With `cpu_ram_efficient_loading` only the first process has them until FSDP wraps the model for training. A model
+    that is used before (TRL shards a reference without broadcasting it) would compute with uninitialised memory.
+    """
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # read by transformers and accelerate when they load
+    if args.fsdp_plugin_args:
+        args.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
+
+
 def weights_dtype(name: str, args: TrainingArguments) -> torch.dtype:
     """Dtype of the weights in training for `--weights_dtype`; `UserError` when flags contradict."""
-    engine = "DeepSpeed" if args.deepspeed_plugin else "FSDP" if args.fsdp_plugin_args else None
+    engine = sharding_engine(args)
     reason = (
         f"{args.mixed_precision} autocast" if args.mixed_precision != "no"
         else engine if engine

@@ -1,0 +1,196 @@
+"""Every stage under every strategy of accelerate_offload/, on two CPU processes through the strategy's own launcher.
+
+The reference is one process with the same global batch: the same losses step by step, and a final directory that
+transformers reads without our code to the same logits.
+"""
+
+import json
+import os
+import socket
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train_dpo
+import train_full_sft
+import train_lora
+import train_pretrain
+import train_tokenizer
+from smolkit.checkpoints import build_model, load_tokenizer, new_config, save_final
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = Path("accelerate_offload")
+WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
+SHAPE = "hidden_size=32 intermediate_size=64 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1".split()
+MOE = ["num_experts=4", "num_experts_per_tok=2", "moe_intermediate_size=32"]
+PROGRAMS = {"pretrain": train_pretrain, "sft": train_full_sft, "lora": train_lora, "dpo": train_dpo}
+
+ACCELERATE = ("accelerate", "launch", "--num_processes", "2", "--config_file")
+DEEPSPEED = ("deepspeed", "--num_gpus", "2")
+# What a strategy is started with, what follows the script's arguments, what the script must report.
+STRATEGIES = {
+    "ddp": ((*ACCELERATE, CONFIGS / "ddp.yaml"), (), "DDP"),
+    "fsdp2": ((*ACCELERATE, CONFIGS / "fsdp2.yaml"), (), "FSDP2"),
+    "zero1": (DEEPSPEED, ("--deepspeed", CONFIGS / "ds_zero1.json"), "DeepSpeed ZeRO-1"),
+    "zero2": (DEEPSPEED, ("--deepspeed", CONFIGS / "ds_zero2.json"), "DeepSpeed ZeRO-2"),
+    "zero3": (DEEPSPEED, ("--deepspeed", CONFIGS / "ds_zero3.json"), "DeepSpeed ZeRO-3"),
+    "offload": (
+        DEEPSPEED,
+        ("--deepspeed", CONFIGS / "ds_config.json"),
+        "DeepSpeed ZeRO-3, optimizer on cpu, weights on cpu",
+    ),
+}
+# One case per strategy in the quick suite, such that every stage has one, too.
+QUICK = {("dpo", "ddp"), ("sft", "fsdp2"), ("sft", "zero1"), ("lora", "zero2"), ("moe", "zero3"), ("dpo", "offload")}
+
+
+def sentence(random: np.random.Generator) -> str:
+    return " ".join(random.choice(WORDS, random.integers(3, 20))) + "."
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def launch(*words: object) -> str:
+    """Run a launcher in the checkout; stdout and stderr together, which must not report a failure."""
+    environment = {**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [*map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def metrics(directory: Path) -> dict[str, list[float]]:
+    """Each column of metrics.jsonl."""
+    columns: dict[str, list[float]] = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Data of all stages, a tokenizer, and an untrained checkpoint to start from."""
+    folder = tmp_path_factory.mktemp("strategies")
+    random = np.random.default_rng(0)
+    for part, count in (("", 60), ("validation/", 8)):
+        write(folder / f"pretrain/{part}text.jsonl", [{"text": sentence(random)} for _ in range(count)])
+        turns = [
+            [{"role": "user", "content": sentence(random)}, {"role": "assistant", "content": sentence(random)}]
+            for _ in range(count)
+        ]
+        write(folder / f"sft/{part}sft.jsonl", [{"messages": messages} for messages in turns])
+        pairs = [
+            {"prompt": sentence(random), "chosen": "Gladly: " + sentence(random), "rejected": sentence(random)}
+            for _ in range(count // 2)
+        ]
+        write(folder / f"dpo/{part}dpo.jsonl", pairs)
+    train_tokenizer.main(
+        f"--mode train --data_path {folder}/pretrain --vocab_size 320 --save_dir {folder}/tokenizer".split()
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    torch.manual_seed(1)
+    shape = dict(item.split("=") for item in SHAPE)
+    config = new_config("tiny", {name: int(value) for name, value in shape.items()}, tokenizer)
+    model = build_model(config, None, torch.float32)
+    save_final(model, model.state_dict(), tokenizer, folder / "base", torch.float32, "untrained\n")
+    return folder
+
+
+def arguments(world: Path, stage: str, output: Path, batch_size: int, *more: object) -> list[str]:
+    """A run of four steps with checkpoints after 2 and 4. `moe`: pretraining of a Mixture-of-Experts."""
+    folder = {"lora": "sft", "moe": "pretrain"}.get(stage, stage)
+    start = {
+        "pretrain": ["--tokenizer_path", world / "tokenizer", "--model_size", "tiny", "--model_overrides", *SHAPE],
+        "moe": ["--tokenizer_path", world / "tokenizer", "--model_size", "tiny-moe", "--model_overrides", *SHAPE, *MOE],
+        "dpo": ["--model_path", world / "base"],
+    }.get(stage, ["--base_model", world / "base"])
+    length = "--block_size" if folder == "pretrain" else "--max_length"
+    packing = ["--packing_strategy", "blocks"] if folder == "pretrain" else []
+    rate = {"dpo": 1e-3, "lora": 1e-2}.get(stage, 3e-3)
+    words = f"""--data_path {world / folder} {length} {64 if folder == "pretrain" else 128} --max_steps 4
+        --per_device_train_batch_size {batch_size} --logging_steps 1 --save_steps 2 --weights_dtype fp32
+        --learning_rate {rate} --output_dir {output} --disable_tqdm true"""
+    return [*words.split(), *packing, *map(str, start), *map(str, more)]
+
+
+def program(stage: str) -> str:
+    return f"{PROGRAMS['pretrain' if stage == 'moe' else stage].__name__}.py"
+
+
+@pytest.fixture(scope="module")
+def one_process(world):
+    """`one_process(stage)`: the directory of a run in this process."""
+
+    @cache
+    def run(stage: str) -> Path:
+        output = world / "one" / stage
+        # MoE losses depend on the micro-batches, so one process has to see the same ones as two.
+        batch = ("1", "--gradient_accumulation_steps", "2") if stage == "moe" else ("4",)
+        PROGRAMS["pretrain" if stage == "moe" else stage].main(arguments(world, stage, output, *batch))
+        return output
+
+    return run
+
+
+def free_port() -> int:
+    """A port for the processes to meet at: the launchers' default may be in use."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_with(world: Path, stage: str, strategy: str, output: Path, *more: object) -> str:
+    """The same global batch on two processes under a strategy; returns what was printed."""
+    launcher, tail, report = STRATEGIES[strategy]
+    batch_size = 1 if stage == "moe" else 2
+    port = ("--master_port" if launcher is DEEPSPEED else "--main_process_port", free_port())
+    text = launch(*launcher, *port, program(stage), *arguments(world, stage, output, batch_size, *more), *tail)
+    assert f" 2 processes, {report}\n" in text, text
+    return text
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(directory.glob("*model.safetensors")))
+
+
+def assert_equal_runs(two: Path, one: Path, rel: float = 1e-4) -> None:
+    """Losses of every step, validation, and the model itself."""
+    ours, reference = metrics(two), metrics(one)
+    assert json.loads((two / "run_settings.json").read_text())["world_size"] == 2
+    for name in ("loss", "learning_rate", "eval_loss"):  # `tokens` has the padding of a micro-batch
+        assert ours[name] == pytest.approx(reference[name], rel=rel), name
+    assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=max(rel, 1e-3))
+    assert (two / "training_complete.json").is_file()
+    left, right = weights(two), weights(one)
+    assert left.keys() == right.keys()
+    for name, value in right.items():
+        assert left[name].dtype == value.dtype
+        torch.testing.assert_close(left[name], value, rtol=1e-2, atol=2e-4)
+    if (one / "config.json").is_file():
+        ids = torch.arange(5, 45).view(2, 20)
+        models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (two, one)]
+        with torch.no_grad():
+            torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "stage, strategy",
+    [
+        pytest.param(stage, strategy, marks=[] if (stage, strategy) in QUICK else pytest.mark.slow)
+        for strategy in STRATEGIES
+        for stage in ("pretrain", "sft", "lora", "dpo", "moe")
+    ],
+)
+def test_two_processes_equal_one(world, one_process, stage, strategy, tmp_path) -> None:
+    run_with(world, stage, strategy, tmp_path / "two")
+    assert_equal_runs(tmp_path / "two", one_process(stage))
