@@ -93,10 +93,7 @@ def open_job(
     """
     dtype = weights_dtype(stage.weights_dtype, args)
     if args.deepspeed_plugin and torch.distributed.is_initialized():
-        import deepspeed
-
-        # On CPUs accelerate leaves this out, and ZeRO-3 would load weights as one process of one.
-        deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
+        join_deepspeed()
     files = token_store(stage.data_path) or expand_paths(stage.data_path, suffixes)
     eval_files: list[Path] = []
     if stage.max_eval_rows:
@@ -141,6 +138,15 @@ def sharding_engine(args: TrainingArguments) -> str | None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate launch: not in the arguments
         return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
     return None
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed use the process group: on CPUs accelerate leaves this out, and ZeRO-3 could not load weights."""
+    import deepspeed
+
+    # It would compile a kernel for sums among CPU processes, and wait for ever if another compilation was killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 
 def load_on_every_process(args: TrainingArguments) -> None:

@@ -6,8 +6,10 @@ transformers reads without our code to the same logits.
 
 import json
 import os
+import shutil
 import socket
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +32,8 @@ WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow 
 SHAPE = "hidden_size=32 intermediate_size=64 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1".split()
 MOE = ["num_experts=4", "num_experts_per_tok=2", "moe_intermediate_size=32"]
 PROGRAMS = {"pretrain": train_pretrain, "sft": train_full_sft, "lora": train_lora, "dpo": train_dpo}
+
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 ACCELERATE = ("accelerate", "launch", "--num_processes", "2", "--config_file")
 DEEPSPEED = ("deepspeed", "--num_gpus", "2")
@@ -61,7 +65,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def launch(*words: object) -> str:
     """Run a launcher in the checkout; stdout and stderr together, which must not report a failure."""
-    environment = {**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
     command = [*map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
@@ -194,3 +198,101 @@ def assert_equal_runs(two: Path, one: Path, rel: float = 1e-4) -> None:
 def test_two_processes_equal_one(world, one_process, stage, strategy, tmp_path) -> None:
     run_with(world, stage, strategy, tmp_path / "two")
     assert_equal_runs(tmp_path / "two", one_process(stage))
+
+
+# --- what goes with every strategy --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_accumulation_and_checkpointing_change_nothing(world, one_process, strategy, tmp_path) -> None:
+    more = "--per_device_train_batch_size 1 --gradient_accumulation_steps 2 --gradient_checkpointing true".split()
+    run_with(world, "pretrain", strategy, tmp_path / "two", *more)
+    assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_trains_alike_and_keeps_its_masters(world, one_process, strategy, tmp_path) -> None:
+    run_with(world, "pretrain", strategy, tmp_path / "two", "--bf16", "true")
+    ours, reference = metrics(tmp_path / "two"), metrics(one_process("pretrain"))
+    assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-3)
+    assert ours["loss"] != reference["loss"], "nothing was computed in bf16"
+    saved = weights(tmp_path / "two")["model.layers.0.mlp.up_proj.weight"]
+    assert saved.dtype == torch.float32
+    assert not torch.equal(saved, saved.bfloat16().float()), "the final weights are not the fp32 ones"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "lora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_run_continues(world, strategy, stage, tmp_path) -> None:
+    """From the checkpoint in the middle to the same end."""
+    output, before = tmp_path / "two", tmp_path / "before"
+    run_with(world, stage, strategy, output)
+    shutil.copytree(output, before)
+    shutil.rmtree(output / "checkpoint-4")  # as it was when killed in step 3
+    for name in ("config.json", "adapter_config.json", "training_complete.json"):
+        (output / name).unlink(missing_ok=True)
+    for path in output.glob("*.safetensors"):
+        path.unlink()
+    assert "continued from" in run_with(world, stage, strategy, output)
+    for name in ("step", "loss", "learning_rate", "grad_norm", "eval_loss"):
+        assert metrics(output)[name] == pytest.approx(metrics(before)[name], rel=1e-5), name
+    for name, value in weights(before).items():
+        torch.testing.assert_close(weights(output)[name], value, rtol=1e-4, atol=1e-6)
+
+
+# --- two nodes ----------------------------------------------------------------------------------------------------
+
+
+def on_two_nodes(commands: list[list[str]], **environment: str) -> None:
+    """Start a command per node at once; both must end well."""
+    more = {"PROCESSES_PER_NODE": "1", "MAIN_ADDRESS": "127.0.0.1", "MAIN_PORT": str(free_port()), **environment}
+    common = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+    nodes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**common, "NODE_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0] * len(nodes), "\n".join(printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
+def test_two_nodes_equal_one_process(world, one_process, launcher, tmp_path) -> None:
+    """Two loopback addresses, one process at each, started by the scripts for two nodes."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    script = ["bash", str(CONFIGS / f"two_nodes_{launcher}.sh")]
+    tail = ["--deepspeed", str(CONFIGS / "ds_zero3.json")] if launcher == "deepspeed" else []
+    run = ["train_pretrain.py", *arguments(world, "pretrain", tmp_path / "two", 2), *tail]
+    own = {"torchrun": ["--local_addr"], "accelerate": [], "deepspeed": []}[launcher]
+    addresses = [[*own, address] if own else [] for address in ("127.0.0.1", "127.0.0.2")]
+    on_two_nodes([[*script, *address, *run] for address in addresses], HOSTFILE=str(hostfile))
+    assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_a_launcher_per_node(world, one_process, tmp_path) -> None:
+    """With stand-ins for SLURM's own programs, which start both "nodes" here."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\nprintf '127.0.0.1\\n127.0.0.2\\n'\n")
+    (programs / "srun").write_text(
+        "#!/bin/bash\nshift\nSLURM_NODEID=0 \"$@\" & first=$!\nSLURM_NODEID=1 \"$@\"; code=$?\nwait $first || code=$?\n"
+        "exit $code\n"
+    )
+    for path in programs.iterdir():
+        path.chmod(0o755)
+    run = ["train_pretrain.py", *arguments(world, "pretrain", tmp_path / "two", 2), "--fsdp", "true"]
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": str(free_port())}
+    on_two_nodes([["bash", str(CONFIGS / "slurm.sbatch"), *run]], **slurm, PATH=f"{programs}:{PATH}")
+    assert_equal_runs(tmp_path / "two", one_process("pretrain"))
