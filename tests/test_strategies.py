@@ -63,11 +63,11 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def launch(*words: object) -> str:
-    """Run a launcher in the checkout; stdout and stderr together, which must not report a failure."""
+def launch(*words: object, cwd: Path = ROOT) -> str:
+    """Run a launcher, in the checkout by default; stdout and stderr together, which must not report a failure."""
     environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
     command = [*map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=environment)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
 
@@ -296,3 +296,77 @@ def test_the_slurm_script_starts_a_launcher_per_node(world, one_process, tmp_pat
     slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": str(free_port())}
     on_two_nodes([["bash", str(CONFIGS / "slurm.sbatch"), *run]], **slurm, PATH=f"{programs}:{PATH}")
     assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+
+
+# --- the command lines of the documents ---------------------------------------------------------------------------
+
+SFT_CONFIG = """--eval_strategy steps --do_eval true --optim adamw_torch --per_device_train_batch_size 32
+    --gradient_accumulation_steps 2 --per_device_eval_batch_size 32 --log_level debug --save_steps 500
+    --logging_steps 50 --learning_rate 2e-5 --bf16 true --eval_steps 50 --max_steps 4000 --warmup_steps 30
+    --max_length 2048 --lr_scheduler_type linear"""
+DOCUMENTS = {
+    "accelerate pretrain": """accelerate launch --multi_gpu --mixed_precision=fp16 train_pretrain.py
+        --data_path data/pretrain/pretrain_data.jsonl --tokenizer_path tokenizer --tokenizer_type qwen
+        --model_size base --num_epochs 3""",
+    "deepspeed pretrain": """deepspeed --num_gpus 8 train_pretrain.py
+        --data_path data/pretrain/pretrain_data.jsonl --tokenizer_path tokenizer --tokenizer_type qwen
+        --model_size base --deepspeed accelerate_offload/ds_config.json""",
+    "accelerate sft": """accelerate launch --multi_gpu train_full_sft.py --data_path data/sft/sft_data.jsonl
+        --base_model path/to/pretrained --tokenizer_path tokenizer --tokenizer_type qwen
+        --output_dir path/to/output""",
+    "accelerate lora": """accelerate launch --multi_gpu train_lora.py --data_path data/sft/sft_data.jsonl
+        --base_model path/to/pretrained --tokenizer_path tokenizer --tokenizer_type qwen --lora_r 8""",
+    "accelerate dpo": """accelerate launch --multi_gpu train_dpo.py --data_path data/dpo/dpo_data.jsonl
+        --model_path path/to/sft_model --tokenizer_path tokenizer --tokenizer_type qwen
+        --output_dir path/to/output""",
+    "deepspeed dpo": """deepspeed --num_gpus 8 train_dpo.py --data_path data/dpo/dpo_data.jsonl
+        --model_path path/to/sft_model --deepspeed accelerate_offload/ds_config.json""",
+    # trainer.py --train P, in today's names (docs/reference_commands.md)
+    "smollama": """torchrun --standalone --nproc_per_node=gpu train_pretrain.py
+        --data_path data/pretrain/pretrain_data.jsonl --tokenizer_path tokenizer --model_size smollama --epochs 4
+        --block_size 256 --per_device_train_batch_size 128 --adam_beta1 0.9 --adam_beta2 0.95 --max_grad_norm 1.0
+        --learning_rate 6e-4 --weight_decay 0.1 --warmup_steps 700 --lr_scheduler_type cosine_with_min_lr
+        --lr_scheduler_kwargs {"min_lr":6e-5} --vocab_size 50304 --weights_dtype bf16 --output_dir checkpoints
+        --save_steps 50 --eval_strategy steps --eval_steps 50 --max_steps 20000 --gradient_accumulation_steps 8""",
+    "sft config": f"""torchrun --standalone --nproc_per_node=gpu train_full_sft.py --data_path data/sft/sft_data.jsonl
+        --base_model path/to/pretrained --output_dir ./sft_smollm_135M/ {SFT_CONFIG}""",
+    # the replica's second phase: 50 steps with a smaller batch, from the weights of the first
+    "replica phase 2": """python train_pretrain.py --data_path data/pretrain/pretrain_data.jsonl
+        --base_model path/to/pretrained --max_steps 50 --per_device_train_batch_size 8 --learning_rate 6e-4
+        --weight_decay 0.01 --warmup_steps 100 --lr_scheduler_type linear --output_dir output/phase2""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_command_lines_of_the_documents_run(world, name, tmp_path) -> None:
+    """As they stand, in a checkout with the files they name; on two CPU processes, a shrunken model and two steps."""
+    for path in [*ROOT.glob("*.py"), ROOT / "smolkit", ROOT / "accelerate_offload"]:
+        (tmp_path / path.name).symlink_to(path)
+    for stage in ("pretrain", "sft", "dpo"):
+        target = tmp_path / f"data/{stage}/{stage}_data.jsonl"
+        target.parent.mkdir(parents=True)
+        target.symlink_to(next((world / stage).glob("*.jsonl")))
+    (tmp_path / "tokenizer").symlink_to(world / "tokenizer")
+    (tmp_path / "path/to").mkdir(parents=True)
+    for model in ("pretrained", "sft_model"):
+        (tmp_path / "path/to" / model).symlink_to(world / "base")
+
+    line = DOCUMENTS[name]
+    adapted = {  # what today's launchers, or CPUs, refuse
+        "--mixed_precision=fp16": "--mixed_precision=no",
+        "--multi_gpu": f"--multi_gpu --num_processes 2 --main_process_port {free_port()}",
+        "--num_gpus 8": f"--num_gpus 2 --master_port {free_port()}",
+        "--nproc_per_node=gpu": "--nproc_per_node=2",
+    }
+    for before, after in adapted.items():
+        line = line.replace(before, after)
+    small = ["--max_steps", "2", "--per_device_train_batch_size", "2"]
+    if "--model_size" in line:
+        small += ["--model_overrides", *SHAPE]
+    if "train_dpo" in line or "--max_length" in line:
+        small += ["--max_length", "128"]
+    launch(*line.split(), *small, cwd=tmp_path)
+    settings = next(path for path in tmp_path.rglob("run_settings.json"))
+    assert json.loads(settings.read_text())["world_size"] == (1 if line.startswith("python") else 2)
+    assert (settings.parent / "training_complete.json").is_file()
