@@ -92,6 +92,7 @@ def open_job(
     on. Raises `UserError` for missing data, contradicting flags, and an output directory that is taken.
     """
     dtype = weights_dtype(stage.weights_dtype, args)
+    check_disk_offload(args)
     if args.deepspeed_plugin and torch.distributed.is_initialized():
         join_deepspeed()
     files = token_store(stage.data_path) or expand_paths(stage.data_path, suffixes)
@@ -105,6 +106,8 @@ def open_job(
         why = "--max_eval_rows is 0" if not stage.max_eval_rows else "there is no file in validation/ beside the data"
         raise UserError(f"nothing to evaluate on every so many steps (--eval_steps): {why}; name --eval_data_path")
     inputs = dict.fromkeys(str(path) for path in (*files, *models) if path is not None)
+    engine = sharding_engine(args)  # its checkpoints are its own; where it puts its parts does not matter
+    more["strategy"] = engine and engine.partition(",")[0]
     settings = run_settings(stage, args, inputs, weights=str(dtype), **more)
     finished, checkpoint = find_start(args, settings, stage.resume)
     if finished and args.process_index == 0:
@@ -138,6 +141,22 @@ def sharding_engine(args: TrainingArguments) -> str | None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate launch: not in the arguments
         return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
     return None
+
+
+def check_disk_offload(args: TrainingArguments) -> None:
+    """`UserError` when a DeepSpeed file offloads to a disk that is not there, or DeepSpeed lacks what it needs."""
+    zero = args.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {}) if args.deepspeed_plugin else {}
+    parts = [zero.get(name, {}) for name in ("offload_optimizer", "offload_param")]
+    paths = [part.get("nvme_path") for part in parts if part.get("device") == "nvme"]
+    if not paths:
+        return
+    for path in paths:
+        if not path or not os.access(path, os.W_OK):
+            raise UserError(f"the DeepSpeed file's nvme_path {path} is no writable directory; name one on a local disk")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError("offload to disk needs libaio's headers (package libaio-dev); install them, or offload to cpu")
 
 
 def join_deepspeed() -> None:

@@ -12,14 +12,16 @@ import re
 import subprocess
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from smolkit import arguments
+from smolkit import arguments, runs
 from smolkit.errors import UserError
 from smolkit.renamed import TODAY
 
@@ -103,6 +105,35 @@ def test_the_readme_names_every_file() -> None:
     readme = (ROOT / "README.md").read_text()
     for path in CONFIGS.iterdir():
         assert path.name in readme, path
+
+
+def test_offload_to_a_disk_is_refused_where_it_cannot_work(tmp_path, monkeypatch) -> None:
+    content = json.loads((CONFIGS / "ds_zero3_nvme.json").read_text())
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=content))
+    args = SimpleNamespace(deepspeed_plugin=plugin)
+    for part in ("offload_optimizer", "offload_param"):
+        content["zero_optimization"][part]["nvme_path"] = str(tmp_path / "absent")
+    with pytest.raises(UserError, match="nvme_path .*absent is no writable directory"):
+        runs.check_disk_offload(args)
+    (tmp_path / "absent").mkdir()
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
+    with pytest.raises(UserError, match="libaio-dev"):
+        runs.check_disk_offload(args)
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: True)
+    runs.check_disk_offload(args)
+
+
+def test_weights_are_fp32_where_something_else_has_the_masters(tmp_path, monkeypatch) -> None:
+    """bf16 weights without masters would lose small updates; under an accelerate file only the environment tells."""
+    args = arguments.PretrainTrainingArguments(output_dir=str(tmp_path), max_steps=1)
+    assert runs.sharding_engine(args) is None
+    assert runs.weights_dtype("bf16", args) == torch.bfloat16
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert runs.sharding_engine(args) == "FSDP2"
+    assert runs.weights_dtype("auto", args) == torch.float32
+    with pytest.raises(UserError, match="--weights_dtype bf16 contradicts FSDP2"):
+        runs.weights_dtype("bf16", args)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 ACCELERATE = ("accelerate", "launch", "--num_processes", "2", "--config_file")
 DEEPSPEED = ("deepspeed", "--num_gpus", "2")
+TORCHRUN = ("torchrun", "--nproc_per_node", "2")
 # What a strategy is started with, what follows the script's arguments, what the script must report.
 STRATEGIES = {
     "ddp": ((*ACCELERATE, CONFIGS / "ddp.yaml"), (), "DDP"),
@@ -49,6 +50,12 @@ STRATEGIES = {
         ("--deepspeed", CONFIGS / "ds_config.json"),
         "DeepSpeed ZeRO-3, optimizer on cpu, weights on cpu",
     ),
+}
+# Other ways to the same, tried with one stage each.
+OTHERS = {
+    "accelerate-zero3": ((*ACCELERATE, CONFIGS / "deepspeed.yaml"), (), "DeepSpeed ZeRO-3"),
+    "torchrun-fsdp2": (TORCHRUN, ("--fsdp", "true"), "FSDP2"),
+    "torchrun-zero2": (TORCHRUN, ("--deepspeed", CONFIGS / "ds_zero2_experts.json"), "DeepSpeed ZeRO-2"),
 }
 # One case per strategy in the quick suite, such that every stage has one, too.
 QUICK = {("dpo", "ddp"), ("sft", "fsdp2"), ("sft", "zero1"), ("lora", "zero2"), ("moe", "zero3"), ("dpo", "offload")}
@@ -155,9 +162,9 @@ def free_port() -> int:
 
 def run_with(world: Path, stage: str, strategy: str, output: Path, *more: object) -> str:
     """The same global batch on two processes under a strategy; returns what was printed."""
-    launcher, tail, report = STRATEGIES[strategy]
+    launcher, tail, report = (STRATEGIES | OTHERS)[strategy]
     batch_size = 1 if stage == "moe" else 2
-    port = ("--master_port" if launcher is DEEPSPEED else "--main_process_port", free_port())
+    port = ("--main_process_port" if launcher[0] == "accelerate" else "--master_port", free_port())
     text = launch(*launcher, *port, program(stage), *arguments(world, stage, output, batch_size, *more), *tail)
     assert f" 2 processes, {report}\n" in text, text
     return text
@@ -193,7 +200,8 @@ def assert_equal_runs(two: Path, one: Path, rel: float = 1e-4) -> None:
         pytest.param(stage, strategy, marks=[] if (stage, strategy) in QUICK else pytest.mark.slow)
         for strategy in STRATEGIES
         for stage in ("pretrain", "sft", "lora", "dpo", "moe")
-    ],
+    ]
+    + [pytest.param("sft", strategy, marks=pytest.mark.slow) for strategy in OTHERS],
 )
 def test_two_processes_equal_one(world, one_process, stage, strategy, tmp_path) -> None:
     run_with(world, stage, strategy, tmp_path / "two")
