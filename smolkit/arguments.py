@@ -7,6 +7,7 @@ or TRL with this toolkit's defaults, so that every flag of theirs works too. Any
 
 import dataclasses
 import json
+import os
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -269,6 +270,11 @@ class _CommonBehaviour:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise UserError(f"--num_epochs {self.num_train_epochs} must be positive (or give --max_steps)")
+        if self.deepspeed and "LOCAL_RANK" not in os.environ:
+            raise UserError(
+                "--deepspeed needs a launcher, for one process as well: deepspeed --num_gpus 1 SCRIPT.py ... (or "
+                "torchrun, accelerate launch) instead of python"
+            )
         if self.learning_rate < 0:
             raise UserError(f"--learning_rate {self.learning_rate} must not be negative")
         if self.eval_steps and self.eval_strategy == "no":

@@ -123,6 +123,13 @@ def test_offload_to_a_disk_is_refused_where_it_cannot_work(tmp_path, monkeypatch
     runs.check_disk_offload(args)
 
 
+def test_deepspeed_wants_a_launcher(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    line = f"--data_path x --model_size tiny --output_dir {tmp_path}/out --deepspeed {CONFIGS}/ds_zero2.json"
+    with pytest.raises(UserError, match="--deepspeed needs a launcher"):
+        arguments.parse(STAGES["train_pretrain.py"], line.split(), "")
+
+
 def test_weights_are_fp32_where_something_else_has_the_masters(tmp_path, monkeypatch) -> None:
     """bf16 weights without masters would lose small updates; under an accelerate file only the environment tells."""
     args = arguments.PretrainTrainingArguments(output_dir=str(tmp_path), max_steps=1)
