@@ -29,7 +29,7 @@ TODAY = {
     "max_length": "rows of pretraining are --block_size tokens long; answers are limited by chat.py --max_length",
     "block_size": "it is --max_length in this stage",
     "beta": "only preferences have it: train_dpo.py --beta",
-    "prompt": "training does not chat: chat.py --prompt",
+    "prompt": "it is --sample_prompts, answered at every checkpoint (chat.py --prompt asks a finished model)",
     # hyperparameters of hand-written training scripts
     "train": "P and D are scripts of their own: train_pretrain.py (or train_full_sft.py) and train_dpo.py",
     "batch_size": "it is --per_device_train_batch_size, rows per process and micro-batch",
@@ -69,7 +69,7 @@ TODAY = {
     "save_checkpoint_dir": "it is --output_dir",
     "device": "the GPU is used where there is one; --use_cpu true or CUDA_VISIBLE_DEVICES choose otherwise",
     "dtype": "it is --weights_dtype bf16 or fp32 (or --bf16 true, --fp16 true for autocast)",
-    "temperature": "training does not sample; chat.py has --temperature",
+    "temperature": "samples of a run are greedy; chat.py has --temperature",
     "inference": "inference has scripts of its own: chat.py, serve_hf.py, serve_vllm.py",
     "project_name": "it is --project, with --report_to wandb",
 }
