@@ -352,9 +352,10 @@ def test_the_command_lines_of_the_documents_run(world, name, tmp_path) -> None:
     for path in [*ROOT.glob("*.py"), ROOT / "smolkit", ROOT / "accelerate_offload"]:
         (tmp_path / path.name).symlink_to(path)
     for stage in ("pretrain", "sft", "dpo"):
-        target = tmp_path / f"data/{stage}/{stage}_data.jsonl"
-        target.parent.mkdir(parents=True)
-        target.symlink_to(next((world / stage).glob("*.jsonl")))
+        for part in ("", "validation/"):
+            target = tmp_path / f"data/{stage}/{part}{stage}_data.jsonl"
+            target.parent.mkdir(parents=True)
+            target.symlink_to(next((world / stage / part).glob("*.jsonl")))
     (tmp_path / "tokenizer").symlink_to(world / "tokenizer")
     (tmp_path / "path/to").mkdir(parents=True)
     for model in ("pretrained", "sft_model"):
