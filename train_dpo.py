@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainingArguments
 from trl import DPOTrainer
+from trl.models import prepare_deepspeed
 
 from smolkit.arguments import DpoArguments, DpoTrainingArguments, parse
 from smolkit.checkpoints import (
@@ -34,7 +36,7 @@ from smolkit.errors import UserError, run
 from smolkit.packing import preference_pairs
 from smolkit.pairs import PairCollator, PairLossMixin
 from smolkit.progress import watch
-from smolkit.runs import open_job
+from smolkit.runs import load_on_every_process, open_job
 from smolkit.runtime import prepare
 from smolkit.shards import tokenized
 from smolkit.training import TrainerMixin, finish
@@ -59,7 +61,12 @@ class PreferenceTrainer(TrainerMixin, PairLossMixin, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probabilities as two more columns; TRL's cache file is private to each process."""
-        chosen, rejected = self.log_probs(self.ref_model or self.model, dataset, batch_size)
+        reference = self.ref_model or self.model
+        if self.ref_model is None and self.is_deepspeed_enabled:  # the policy is not on its device yet, or in parts
+            self._precompute_engine = reference = self._precompute_engine or prepare_deepspeed(
+                self.model, self.accelerator
+            )
+        chosen, rejected = self.log_probs(reference, dataset, batch_size)
         dataset = dataset.add_column("ref_chosen_logps", chosen)
         return dataset.add_column("ref_rejected_logps", rejected)
 
@@ -77,13 +84,13 @@ class PreferenceTrainer(TrainerMixin, PairLossMixin, DPOTrainer):
     def check_reference(self, tolerance: float) -> float:
         """Largest |log-ratio| of policy and reference over the first answers; `UserError` beyond tolerance.
 
-        The policy runs in training mode, as it will in step 1.
+        The policy runs in training mode and as the strategy has wrapped it, as it will in step 1.
         """
         batch_size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         whole_batches = -(-CHECKED_PAIRS // batch_size) * batch_size * self.accelerator.num_processes
         rows = self.train_dataset.select(range(min(whole_batches, len(self.train_dataset))))
         self.model.train()
-        policy = self.log_probs(self.model, rows, batch_size)
+        policy = self.log_probs(self.model_wrapped, rows, batch_size)
         if self.precompute_ref_logps:
             reference = (rows["ref_chosen_logps"], rows["ref_rejected_logps"])
         else:
@@ -97,6 +104,20 @@ class PreferenceTrainer(TrainerMixin, PairLossMixin, DPOTrainer):
                 "and --ref_model_path"
             )
         return worst
+
+
+class ReferenceCheck(TrainerCallback):
+    """Compares policy and reference when everything is placed and nothing is trained yet."""
+
+    def __init__(self, trainer: PreferenceTrainer, tolerance: float) -> None:
+        self.trainer, self.tolerance = trainer, tolerance
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            return  # a continued run has moved away from its reference
+        worst = self.trainer.check_reference(self.tolerance)
+        if args.process_index == 0:
+            print(f"check  policy and reference agree before step 1 (largest log-ratio {worst:.1e})", flush=True)
 
 
 def without_noise(config: Any) -> Any:
@@ -148,10 +169,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "loss": f"{loss}, beta {args.beta:g}",
             "data": f"{len(pairs):,} pairs ({dropped:,} dropped as longer than {max_length} tokens)",
             "validation": f"{len(eval_pairs):,} pairs" if eval_pairs else "none",
+            "processes": job.processes(),
             "output": job.where(),
         }
     )
 
+    load_on_every_process(args)
     separate = reference_path != stage.model_path or not args.precompute_ref_log_probs
     kernel = stage.attn_implementation
     reference = build_model(reference_config, reference_path, job.dtype, kernel) if separate else None
@@ -166,8 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         progress=progress,
     )
-    worst = trainer.check_reference(TOLERANCE[job.dtype])
-    job.announce({"check": f"policy and reference agree before step 1 (largest log-ratio {worst:.1e})"})
+    trainer.add_callback(ReferenceCheck(trainer, TOLERANCE[torch.bfloat16 if args.bf16 else job.dtype]))
     job.begin()
     trainer.train(resume_from_checkpoint=job.checkpoint)
     facts = {"aligned from": stage.model_path, "loss": loss, "beta": args.beta}

@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "adapter": f"rank {stage.lora_r}, alpha {stage.lora_alpha:g}, on {' '.join(stage.lora_target)}",
             "data": rows.summary,
             "validation": f"{len(rows.evaluation):,} rows" if rows.evaluation else "none",
+            "processes": job.processes(),
             "output": job.where(),
         }
     )

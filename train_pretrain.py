@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "weights": f"{stage.base_model or 'random'}, trained in {job.dtype}",
             "data": rows.summary,
             "validation": f"{len(rows.evaluation):,} rows" if rows.evaluation else "none",
+            "processes": job.processes(),
             "output": job.where(),
         }
     )

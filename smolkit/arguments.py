@@ -7,6 +7,7 @@ or TRL with this toolkit's defaults, so that every flag of theirs works too. Any
 
 import dataclasses
 import json
+import os
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from smolkit.errors import UserError
+from smolkit.renamed import hint
 from smolkit.reporters import check_reporters
 from smolkit.runtime import has_accelerator
 
@@ -288,6 +290,11 @@ class _CommonBehaviour:
                 raise UserError(f"--{name} {getattr(self, name)} must not be negative")
         if self.keep_every and self.load_best_model_at_end and self.save_total_limit == 1:
             raise UserError("--save_total_limit 1 with --load_best_model_at_end keeps only the best; raise it to 2")
+        if self.deepspeed and "LOCAL_RANK" not in os.environ:
+            raise UserError(
+                "--deepspeed needs a launcher, for one process as well: deepspeed --num_gpus 1 SCRIPT.py ... (or "
+                "torchrun, accelerate launch) instead of python"
+            )
         if self.learning_rate < 0:
             raise UserError(f"--learning_rate {self.learning_rate} must not be negative")
         if self.eval_steps and self.eval_strategy == "no":
@@ -415,6 +422,9 @@ def parse(dataclasses_: Sequence[type], argv: Sequence[str] | None, description:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if unknown:
+        renamed = [item + hint(item) for item in unknown if item.startswith("--") and hint(item)]
+        if renamed:
+            raise UserError("unknown argument " + "; ".join(renamed))
         raise UserError(f"unknown arguments: {' '.join(unknown)}; --help_all lists the known ones")
     for arguments in parsed:
         if hasattr(arguments, "validate"):
@@ -462,7 +472,7 @@ def _read_config(path: str, dataclasses_: Sequence[type]) -> dict[str, Any]:
     for key, value in content.items():
         item = known.get(str(key).replace("-", "_"))
         if item is None:
-            raise UserError(f"{path}: unknown argument {key!r}; --help_all lists them")
+            raise UserError(f"{path}: unknown argument {key!r}{hint(str(key)) or '; --help_all lists them'}")
         is_list = "list" in str(item.type)
         result[item.name] = value if not is_list or isinstance(value, list | None) else [value]
     return result

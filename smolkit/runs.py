@@ -8,6 +8,7 @@ settings.
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -92,6 +93,11 @@ class Job:
         """Output directory, and the checkpoint the run continues from."""
         return self.args.output_dir + (f", continued from {self.checkpoint}" if self.checkpoint else "")
 
+    def processes(self) -> str:
+        """How many processes train, and what divides the work among them."""
+        count = self.args.world_size
+        return f"{count} processes, {sharding_engine(self.args) or 'DDP'}" if count > 1 else "1 process"
+
 
 def open_job(
     stage: StageArguments,
@@ -106,6 +112,9 @@ def open_job(
     on. Raises `UserError` for missing data, contradicting flags, and an output directory that is taken.
     """
     dtype = weights_dtype(stage.weights_dtype, args)
+    check_disk_offload(args)
+    if args.deepspeed_plugin and torch.distributed.is_initialized():
+        join_deepspeed()
     files = token_store(stage.data_path) or expand_paths(stage.data_path, suffixes)
     eval_files: list[Path] = []
     if stage.max_eval_rows:
@@ -117,6 +126,8 @@ def open_job(
         why = "--max_eval_rows is 0" if not stage.max_eval_rows else "there is no file in validation/ beside the data"
         raise UserError(f"nothing to evaluate on every so many steps (--eval_steps): {why}; name --eval_data_path")
     inputs = dict.fromkeys(str(path) for path in (*files, *models) if path is not None)
+    engine = sharding_engine(args)  # its checkpoints are its own; where it puts its parts does not matter
+    more["strategy"] = engine and engine.partition(",")[0]
     settings = run_settings(stage, args, inputs, weights=str(dtype), **more)
     finished, checkpoint, notes = _agreed(args, lambda: find_start(args, settings, stage.resume))
     if finished and args.process_index == 0:
@@ -137,9 +148,62 @@ def complete(args: TrainingArguments, step: int) -> None:
     write_json(directory / COMPLETE_FILE, {"step": step})
 
 
+def sharding_engine(args: TrainingArguments) -> str | None:
+    """What divides weights or optimizer state among processes; None under DDP and with one process."""
+    if args.deepspeed_plugin:
+        zero = args.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {})
+        name = f"DeepSpeed ZeRO-{zero.get('stage', 0)}"
+        for key, part in (("offload_optimizer", "optimizer"), ("offload_param", "weights")):
+            device = zero.get(key, {}).get("device", "none")
+            name += f", {part} on {device}" if device != "none" else ""
+        return name
+    if args.fsdp_plugin_args:
+        return f"FSDP{args.fsdp_plugin_args['fsdp_version']}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate launch: not in the arguments
+        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    return None
+
+
+def check_disk_offload(args: TrainingArguments) -> None:
+    """`UserError` when a DeepSpeed file offloads to a disk that is not there, or DeepSpeed lacks what it needs."""
+    zero = args.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {}) if args.deepspeed_plugin else {}
+    parts = [zero.get(name, {}) for name in ("offload_optimizer", "offload_param")]
+    paths = [part.get("nvme_path") for part in parts if part.get("device") == "nvme"]
+    if not paths:
+        return
+    for path in paths:
+        if not path or not os.access(path, os.W_OK):
+            raise UserError(f"the DeepSpeed file's nvme_path {path} is no writable directory; name one on a local disk")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError("offload to disk needs libaio's headers (package libaio-dev); install them, or offload to cpu")
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed use the process group: on CPUs accelerate leaves this out, and ZeRO-3 could not load weights."""
+    import deepspeed
+
+    # It would compile a kernel for sums among CPU processes, and wait for ever if another compilation was killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
+
+
+def load_on_every_process(args: TrainingArguments) -> None:
+    """Under FSDP every process reads the weights itself, whatever the launcher's file says.
+
+    With `cpu_ram_efficient_loading` only the first process has them until FSDP wraps the model for training. A model
+    that is used before (TRL shards a reference without broadcasting it) would compute with uninitialised memory.
+    """
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # read by transformers and accelerate when they load
+    if args.fsdp_plugin_args:
+        args.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
+
+
 def weights_dtype(name: str, args: TrainingArguments) -> torch.dtype:
     """Dtype of the weights in training for `--weights_dtype`; `UserError` when flags contradict."""
-    engine = "DeepSpeed" if args.deepspeed_plugin else "FSDP" if args.fsdp_plugin_args else None
+    engine = sharding_engine(args)
     reason = (
         f"{args.mixed_precision} autocast" if args.mixed_precision != "no"
         else engine if engine

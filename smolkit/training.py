@@ -289,12 +289,25 @@ class TokenLossMixin:
 
 
 def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
-    """The trained weights by name, in fp32 where there are masters. Call it on all processes (it gathers)."""
+    """The trained weights by name, in fp32 where there are masters. Call it on all processes (it gathers).
+
+    Under DeepSpeed and FSDP the main process gets them on the CPU, the others nothing they may use.
+    """
     masters = trainer.master_optimizer()
-    if masters is None:
+    if masters is not None:
+        values = masters.master_of()
+        return {name: values.get(parameter, parameter) for name, parameter in trainer.model.named_parameters()}
+    if not trainer.is_deepspeed_enabled:
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    values = masters.master_of()
-    return {name: values.get(parameter, parameter) for name, parameter in trainer.model.named_parameters()}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    # The engine's own consolidation returns its 16-bit copies, which lose what --bf16 keeps in the masters.
+    state = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        value = safe_get_full_fp32_param(parameter)
+        if trainer.args.should_save:
+            state[name] = parameter.detach().cpu() if value is None else value.detach().to("cpu", copy=True)
+    return state
 
 
 def finish(trainer: TrainerMixin, dtype: torch.dtype, card: str) -> None:

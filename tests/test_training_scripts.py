@@ -230,13 +230,15 @@ LAUNCHERS = {
     "launcher, stage",
     [
         ("torchrun", "lora"),
-        ("accelerate", "dpo"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("torchrun", "dpo"), ("accelerate", "lora")]),
-        *(pytest.param("accelerate", stage, marks=pytest.mark.slow) for stage in ("pretrain", "sft")),
+        pytest.param("torchrun", "dpo", marks=pytest.mark.slow),
+        *(pytest.param("accelerate", stage, marks=pytest.mark.slow) for stage in ("pretrain", "sft", "lora", "dpo")),
     ],
 )
 def test_every_stage_runs_on_two_processes_like_on_one(world, tuned, launcher, stage, tmp_path) -> None:
-    """Equal losses with the same global batch, which also shows that there are two processes."""
+    """Equal losses with the same global batch, which also shows that there are two processes.
+
+    Without a file of accelerate_offload/; tests/test_strategies.py has those.
+    """
     start = "--model_path" if stage == "dpo" else "--base_model"
     length = "--block_size" if stage == "pretrain" else "--max_length"
     program = {"sft": "train_full_sft.py"}.get(stage, f"train_{stage}.py")

@@ -1,0 +1,381 @@
+"""Every stage under every strategy of accelerate_offload/, on two CPU processes through the strategy's own launcher.
+
+The reference is one process with the same global batch: the same losses step by step, and a final directory that
+transformers reads without our code to the same logits.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train_dpo
+import train_full_sft
+import train_lora
+import train_pretrain
+import train_tokenizer
+from smolkit.checkpoints import build_model, load_tokenizer, new_config, save_final
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = Path("accelerate_offload")
+WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
+SHAPE = "hidden_size=32 intermediate_size=64 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1".split()
+MOE = ["num_experts=4", "num_experts_per_tok=2", "moe_intermediate_size=32"]
+PROGRAMS = {"pretrain": train_pretrain, "sft": train_full_sft, "lora": train_lora, "dpo": train_dpo}
+
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+ACCELERATE = ("accelerate", "launch", "--num_processes", "2", "--config_file")
+DEEPSPEED = ("deepspeed", "--num_gpus", "2")
+TORCHRUN = ("torchrun", "--nproc_per_node", "2")
+# What a strategy is started with, what follows the script's arguments, what the script must report.
+STRATEGIES = {
+    "ddp": ((*ACCELERATE, CONFIGS / "ddp.yaml"), (), "DDP"),
+    "fsdp2": ((*ACCELERATE, CONFIGS / "fsdp2.yaml"), (), "FSDP2"),
+    "zero1": (DEEPSPEED, ("--deepspeed", CONFIGS / "ds_zero1.json"), "DeepSpeed ZeRO-1"),
+    "zero2": (DEEPSPEED, ("--deepspeed", CONFIGS / "ds_zero2.json"), "DeepSpeed ZeRO-2"),
+    "zero3": (DEEPSPEED, ("--deepspeed", CONFIGS / "ds_zero3.json"), "DeepSpeed ZeRO-3"),
+    "offload": (
+        DEEPSPEED,
+        ("--deepspeed", CONFIGS / "ds_config.json"),
+        "DeepSpeed ZeRO-3, optimizer on cpu, weights on cpu",
+    ),
+}
+# Other ways to the same, tried with one stage each.
+OTHERS = {
+    "accelerate-zero3": ((*ACCELERATE, CONFIGS / "deepspeed.yaml"), (), "DeepSpeed ZeRO-3"),
+    "torchrun-fsdp2": (TORCHRUN, ("--fsdp", "true"), "FSDP2"),
+    "torchrun-zero2": (TORCHRUN, ("--deepspeed", CONFIGS / "ds_zero2_experts.json"), "DeepSpeed ZeRO-2"),
+}
+# One case per strategy in the quick suite, such that every stage has one, too.
+QUICK = {("dpo", "ddp"), ("sft", "fsdp2"), ("sft", "zero1"), ("lora", "zero2"), ("moe", "zero3"), ("dpo", "offload")}
+
+
+def sentence(random: np.random.Generator) -> str:
+    return " ".join(random.choice(WORDS, random.integers(3, 20))) + "."
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def launch(*words: object, cwd: Path = ROOT) -> str:
+    """Run a launcher, in the checkout by default; stdout and stderr together, which must not report a failure."""
+    environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
+    command = [*map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=environment)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def metrics(directory: Path) -> dict[str, list[float]]:
+    """Each column of metrics.jsonl."""
+    columns: dict[str, list[float]] = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Data of all stages, a tokenizer, and an untrained checkpoint to start from."""
+    folder = tmp_path_factory.mktemp("strategies")
+    random = np.random.default_rng(0)
+    for part, count in (("", 60), ("validation/", 8)):
+        write(folder / f"pretrain/{part}text.jsonl", [{"text": sentence(random)} for _ in range(count)])
+        turns = [
+            [{"role": "user", "content": sentence(random)}, {"role": "assistant", "content": sentence(random)}]
+            for _ in range(count)
+        ]
+        write(folder / f"sft/{part}sft.jsonl", [{"messages": messages} for messages in turns])
+        pairs = [
+            {"prompt": sentence(random), "chosen": "Gladly: " + sentence(random), "rejected": sentence(random)}
+            for _ in range(count // 2)
+        ]
+        write(folder / f"dpo/{part}dpo.jsonl", pairs)
+    train_tokenizer.main(
+        f"--mode train --data_path {folder}/pretrain --vocab_size 320 --save_dir {folder}/tokenizer".split()
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    torch.manual_seed(1)
+    shape = dict(item.split("=") for item in SHAPE)
+    config = new_config("tiny", {name: int(value) for name, value in shape.items()}, tokenizer)
+    model = build_model(config, None, torch.float32)
+    save_final(model, model.state_dict(), tokenizer, folder / "base", torch.float32, "untrained\n")
+    return folder
+
+
+def arguments(world: Path, stage: str, output: Path, batch_size: int, *more: object) -> list[str]:
+    """A run of four steps with checkpoints after 2 and 4. `moe`: pretraining of a Mixture-of-Experts."""
+    folder = {"lora": "sft", "moe": "pretrain"}.get(stage, stage)
+    start = {
+        "pretrain": ["--tokenizer_path", world / "tokenizer", "--model_size", "tiny", "--model_overrides", *SHAPE],
+        "moe": ["--tokenizer_path", world / "tokenizer", "--model_size", "tiny-moe", "--model_overrides", *SHAPE, *MOE],
+        "dpo": ["--model_path", world / "base"],
+    }.get(stage, ["--base_model", world / "base"])
+    length = "--block_size" if folder == "pretrain" else "--max_length"
+    packing = ["--packing_strategy", "blocks"] if folder == "pretrain" else []
+    rate = {"dpo": 1e-3, "lora": 1e-2}.get(stage, 3e-3)
+    words = f"""--data_path {world / folder} {length} {64 if folder == "pretrain" else 128} --max_steps 4
+        --per_device_train_batch_size {batch_size} --logging_steps 1 --save_steps 2 --weights_dtype fp32
+        --learning_rate {rate} --output_dir {output} --disable_tqdm true"""
+    return [*words.split(), *packing, *map(str, start), *map(str, more)]
+
+
+def program(stage: str) -> str:
+    return f"{PROGRAMS['pretrain' if stage == 'moe' else stage].__name__}.py"
+
+
+@pytest.fixture(scope="module")
+def one_process(world):
+    """`one_process(stage)`: the directory of a run in this process."""
+
+    @cache
+    def run(stage: str) -> Path:
+        output = world / "one" / stage
+        # MoE losses depend on the micro-batches, so one process has to see the same ones as two.
+        batch = ("1", "--gradient_accumulation_steps", "2") if stage == "moe" else ("4",)
+        PROGRAMS["pretrain" if stage == "moe" else stage].main(arguments(world, stage, output, *batch))
+        return output
+
+    return run
+
+
+def free_port() -> int:
+    """A port for the processes to meet at: the launchers' default may be in use."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_with(world: Path, stage: str, strategy: str, output: Path, *more: object) -> str:
+    """The same global batch on two processes under a strategy; returns what was printed."""
+    launcher, tail, report = (STRATEGIES | OTHERS)[strategy]
+    batch_size = 1 if stage == "moe" else 2
+    port = ("--main_process_port" if launcher[0] == "accelerate" else "--master_port", free_port())
+    text = launch(*launcher, *port, program(stage), *arguments(world, stage, output, batch_size, *more), *tail)
+    assert f" 2 processes, {report}\n" in text, text
+    return text
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(directory.glob("*model.safetensors")))
+
+
+def assert_equal_runs(two: Path, one: Path, rel: float = 1e-4) -> None:
+    """Losses of every step, validation, and the model itself."""
+    ours, reference = metrics(two), metrics(one)
+    assert json.loads((two / "run_settings.json").read_text())["world_size"] == 2
+    for name in ("loss", "learning_rate", "eval_loss"):  # `tokens` has the padding of a micro-batch
+        assert ours[name] == pytest.approx(reference[name], rel=rel), name
+    assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=max(rel, 1e-3))
+    assert (two / "training_complete.json").is_file()
+    left, right = weights(two), weights(one)
+    assert left.keys() == right.keys()
+    for name, value in right.items():
+        assert left[name].dtype == value.dtype
+        torch.testing.assert_close(left[name], value, rtol=1e-2, atol=2e-4)
+    if (one / "config.json").is_file():
+        ids = torch.arange(5, 45).view(2, 20)
+        models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (two, one)]
+        with torch.no_grad():
+            torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "stage, strategy",
+    [
+        pytest.param(stage, strategy, marks=[] if (stage, strategy) in QUICK else pytest.mark.slow)
+        for strategy in STRATEGIES
+        for stage in ("pretrain", "sft", "lora", "dpo", "moe")
+    ]
+    + [pytest.param("sft", strategy, marks=pytest.mark.slow) for strategy in OTHERS],
+)
+def test_two_processes_equal_one(world, one_process, stage, strategy, tmp_path) -> None:
+    run_with(world, stage, strategy, tmp_path / "two")
+    assert_equal_runs(tmp_path / "two", one_process(stage))
+
+
+# --- what goes with every strategy --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_accumulation_and_checkpointing_change_nothing(world, one_process, strategy, tmp_path) -> None:
+    more = "--per_device_train_batch_size 1 --gradient_accumulation_steps 2 --gradient_checkpointing true".split()
+    run_with(world, "pretrain", strategy, tmp_path / "two", *more)
+    assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_trains_alike_and_keeps_its_masters(world, one_process, strategy, tmp_path) -> None:
+    run_with(world, "pretrain", strategy, tmp_path / "two", "--bf16", "true")
+    ours, reference = metrics(tmp_path / "two"), metrics(one_process("pretrain"))
+    assert ours["loss"] == pytest.approx(reference["loss"], rel=2e-3)
+    assert ours["loss"] != reference["loss"], "nothing was computed in bf16"
+    saved = weights(tmp_path / "two")["model.layers.0.mlp.up_proj.weight"]
+    assert saved.dtype == torch.float32
+    assert not torch.equal(saved, saved.bfloat16().float()), "the final weights are not the fp32 ones"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "lora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_run_continues(world, strategy, stage, tmp_path) -> None:
+    """From the checkpoint in the middle to the same end."""
+    output, before = tmp_path / "two", tmp_path / "before"
+    run_with(world, stage, strategy, output)
+    shutil.copytree(output, before)
+    shutil.rmtree(output / "checkpoint-4")  # as it was when killed in step 3
+    for name in ("config.json", "adapter_config.json", "training_complete.json"):
+        (output / name).unlink(missing_ok=True)
+    for path in output.glob("*.safetensors"):
+        path.unlink()
+    assert "continued from" in run_with(world, stage, strategy, output)
+    for name in ("step", "loss", "learning_rate", "grad_norm", "eval_loss"):
+        assert metrics(output)[name] == pytest.approx(metrics(before)[name], rel=1e-5), name
+    for name, value in weights(before).items():
+        torch.testing.assert_close(weights(output)[name], value, rtol=1e-4, atol=1e-6)
+
+
+# --- two nodes ----------------------------------------------------------------------------------------------------
+
+
+def on_two_nodes(commands: list[list[str]], **environment: str) -> None:
+    """Start a command per node at once; both must end well."""
+    more = {"PROCESSES_PER_NODE": "1", "MAIN_ADDRESS": "127.0.0.1", "MAIN_PORT": str(free_port()), **environment}
+    common = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+    nodes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**common, "NODE_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0] * len(nodes), "\n".join(printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
+def test_two_nodes_equal_one_process(world, one_process, launcher, tmp_path) -> None:
+    """Two loopback addresses, one process at each, started by the scripts for two nodes."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    script = ["bash", str(CONFIGS / f"two_nodes_{launcher}.sh")]
+    tail = ["--deepspeed", str(CONFIGS / "ds_zero3.json")] if launcher == "deepspeed" else []
+    run = ["train_pretrain.py", *arguments(world, "pretrain", tmp_path / "two", 2), *tail]
+    own = {"torchrun": ["--local_addr"], "accelerate": [], "deepspeed": []}[launcher]
+    addresses = [[*own, address] if own else [] for address in ("127.0.0.1", "127.0.0.2")]
+    on_two_nodes([[*script, *address, *run] for address in addresses], HOSTFILE=str(hostfile))
+    assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_a_launcher_per_node(world, one_process, tmp_path) -> None:
+    """With stand-ins for SLURM's own programs, which start both "nodes" here."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\nprintf '127.0.0.1\\n127.0.0.2\\n'\n")
+    (programs / "srun").write_text(
+        "#!/bin/bash\nshift\nSLURM_NODEID=0 \"$@\" & first=$!\nSLURM_NODEID=1 \"$@\"; code=$?\nwait $first || code=$?\n"
+        "exit $code\n"
+    )
+    for path in programs.iterdir():
+        path.chmod(0o755)
+    run = ["train_pretrain.py", *arguments(world, "pretrain", tmp_path / "two", 2), "--fsdp", "true"]
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": str(free_port())}
+    on_two_nodes([["bash", str(CONFIGS / "slurm.sbatch"), *run]], **slurm, PATH=f"{programs}:{PATH}")
+    assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+
+
+# --- the command lines of the documents ---------------------------------------------------------------------------
+
+SFT_CONFIG = """--eval_strategy steps --do_eval true --optim adamw_torch --per_device_train_batch_size 32
+    --gradient_accumulation_steps 2 --per_device_eval_batch_size 32 --log_level debug --save_steps 500
+    --logging_steps 50 --learning_rate 2e-5 --bf16 true --eval_steps 50 --max_steps 4000 --warmup_steps 30
+    --max_length 2048 --lr_scheduler_type linear"""
+DOCUMENTS = {
+    "accelerate pretrain": """accelerate launch --multi_gpu --mixed_precision=fp16 train_pretrain.py
+        --data_path data/pretrain/pretrain_data.jsonl --tokenizer_path tokenizer --tokenizer_type qwen
+        --model_size base --num_epochs 3""",
+    "deepspeed pretrain": """deepspeed --num_gpus 8 train_pretrain.py
+        --data_path data/pretrain/pretrain_data.jsonl --tokenizer_path tokenizer --tokenizer_type qwen
+        --model_size base --deepspeed accelerate_offload/ds_config.json""",
+    "accelerate sft": """accelerate launch --multi_gpu train_full_sft.py --data_path data/sft/sft_data.jsonl
+        --base_model path/to/pretrained --tokenizer_path tokenizer --tokenizer_type qwen
+        --output_dir path/to/output""",
+    "accelerate lora": """accelerate launch --multi_gpu train_lora.py --data_path data/sft/sft_data.jsonl
+        --base_model path/to/pretrained --tokenizer_path tokenizer --tokenizer_type qwen --lora_r 8""",
+    "accelerate dpo": """accelerate launch --multi_gpu train_dpo.py --data_path data/dpo/dpo_data.jsonl
+        --model_path path/to/sft_model --tokenizer_path tokenizer --tokenizer_type qwen
+        --output_dir path/to/output""",
+    "deepspeed dpo": """deepspeed --num_gpus 8 train_dpo.py --data_path data/dpo/dpo_data.jsonl
+        --model_path path/to/sft_model --deepspeed accelerate_offload/ds_config.json""",
+    # trainer.py --train P, in today's names (docs/reference_commands.md)
+    "smollama": """torchrun --standalone --nproc_per_node=gpu train_pretrain.py
+        --data_path data/pretrain/pretrain_data.jsonl --tokenizer_path tokenizer --model_size smollama --epochs 4
+        --block_size 256 --per_device_train_batch_size 128 --adam_beta1 0.9 --adam_beta2 0.95 --max_grad_norm 1.0
+        --learning_rate 6e-4 --weight_decay 0.1 --warmup_steps 700 --lr_scheduler_type cosine_with_min_lr
+        --lr_scheduler_kwargs {"min_lr":6e-5} --vocab_size 50304 --weights_dtype bf16 --output_dir checkpoints
+        --save_steps 50 --eval_strategy steps --eval_steps 50 --max_steps 20000 --gradient_accumulation_steps 8""",
+    "sft config": f"""torchrun --standalone --nproc_per_node=gpu train_full_sft.py --data_path data/sft/sft_data.jsonl
+        --base_model path/to/pretrained --output_dir ./sft_smollm_135M/ {SFT_CONFIG}""",
+    # the replica's second phase: 50 steps with a smaller batch, from the weights of the first
+    "replica phase 2": """python train_pretrain.py --data_path data/pretrain/pretrain_data.jsonl
+        --base_model path/to/pretrained --max_steps 50 --per_device_train_batch_size 8 --learning_rate 6e-4
+        --weight_decay 0.01 --warmup_steps 100 --lr_scheduler_type linear --output_dir output/phase2""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_command_lines_of_the_documents_run(world, name, tmp_path) -> None:
+    """As they stand, in a checkout with the files they name; on two CPU processes, a shrunken model and two steps."""
+    for path in [*ROOT.glob("*.py"), ROOT / "smolkit", ROOT / "accelerate_offload"]:
+        (tmp_path / path.name).symlink_to(path)
+    for stage in ("pretrain", "sft", "dpo"):
+        for part in ("", "validation/"):
+            target = tmp_path / f"data/{stage}/{part}{stage}_data.jsonl"
+            target.parent.mkdir(parents=True)
+            target.symlink_to(next((world / stage / part).glob("*.jsonl")))
+    (tmp_path / "tokenizer").symlink_to(world / "tokenizer")
+    (tmp_path / "path/to").mkdir(parents=True)
+    for model in ("pretrained", "sft_model"):
+        (tmp_path / "path/to" / model).symlink_to(world / "base")
+
+    line = DOCUMENTS[name]
+    adapted = {  # what today's launchers, or CPUs, refuse
+        "--mixed_precision=fp16": "--mixed_precision=no",
+        "--multi_gpu": f"--multi_gpu --num_processes 2 --main_process_port {free_port()}",
+        "--num_gpus 8": f"--num_gpus 2 --master_port {free_port()}",
+        "--nproc_per_node=gpu": "--nproc_per_node=2",
+    }
+    for before, after in adapted.items():
+        line = line.replace(before, after)
+    small = ["--max_steps", "2", "--per_device_train_batch_size", "2"]
+    if "--model_size" in line:
+        small += ["--model_overrides", *SHAPE]
+    if "train_dpo" in line or "--max_length" in line:
+        small += ["--max_length", "128"]
+    launch(*line.split(), *small, cwd=tmp_path)
+    settings = next(path for path in tmp_path.rglob("run_settings.json"))
+    assert json.loads(settings.read_text())["world_size"] == (1 if line.startswith("python") else 2)
+    assert (settings.parent / "training_complete.json").is_file()
