@@ -194,9 +194,7 @@ class GuardMixin:
             if not math.isfinite(loss):
                 rows = self.rows_of(micro)
                 where = f", rows {' '.join(map(str, rows))} of the training data" if rows else ""
-                mine.append(
-                    f"process {self.args.process_index}, batch {micro + 1} of {len(losses)} in the step{where}"
-                )
+                mine.append(f"process {self.args.process_index}, batch {micro + 1} of {len(losses)} in the step{where}")
                 break
         value = next((loss for loss in losses if not math.isfinite(loss)), None)
         found = [(text, value) for text, value in gather_object([(mine[0] if mine else "", value)]) if text]

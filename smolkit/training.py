@@ -101,9 +101,7 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
         """The library's training loader with an order of ours, which learns the epoch in a resumed one, too."""
         if len(dataset) != order.rows:  # accelerate takes the rest of a division for duplicates to drop from metrics
             dataset.total_dataset_length = len(order)
-        loader = self._get_dataloader(
-            dataset, "Training", self._train_batch_size, lambda _: order, is_training=True
-        )
+        loader = self._get_dataloader(dataset, "Training", self._train_batch_size, lambda _: order, is_training=True)
         self._order = order
         loader.set_sampler(order)  # where accelerate looks for it when batches are skipped
         return loader

@@ -126,9 +126,7 @@ def assert_same(left: Path, right: Path) -> None:
         assert all(torch.equal(first[name], second[name]) for name in first), one
     assert newest(left).name == newest(right).name
     for file in sorted(path.name for path in newest(left).iterdir() if path.suffix in (".pt", ".pth")):
-        first, second = (
-            flat(torch.load(newest(directory) / file, weights_only=False)) for directory in (left, right)
-        )
+        first, second = (flat(torch.load(newest(directory) / file, weights_only=False)) for directory in (left, right))
         assert first.keys() == second.keys()
         for name, value in first.items():
             same = np.array_equal(value, second[name]) if hasattr(value, "shape") else value == second[name]

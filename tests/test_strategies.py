@@ -295,7 +295,7 @@ def test_the_slurm_script_starts_a_launcher_per_node(world, one_process, tmp_pat
     programs.mkdir()
     (programs / "scontrol").write_text("#!/bin/sh\nprintf '127.0.0.1\\n127.0.0.2\\n'\n")
     (programs / "srun").write_text(
-        "#!/bin/bash\nshift\nSLURM_NODEID=0 \"$@\" & first=$!\nSLURM_NODEID=1 \"$@\"; code=$?\nwait $first || code=$?\n"
+        '#!/bin/bash\nshift\nSLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@"; code=$?\nwait $first || code=$?\n'
         "exit $code\n"
     )
     for path in programs.iterdir():
