@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run on every node, with its own NODE_RANK:
 #   NODE_RANK=0 MAIN_ADDRESS=node1 bash accelerate_offload/two_nodes_torchrun.sh train_pretrain.py --data_path ...
-# Strategy: nothing more is DDP, --fsdp true is FSDP2, --deepspeed accelerate_offload/ds_zero3.json is ZeRO-3.
+# Strategy: nothing more is DDP, --fsdp full_shard is FSDP2, --deepspeed accelerate_offload/ds_zero3.json is ZeRO-3.
 set -euo pipefail
 : "${NODE_RANK:?the number of this node: 0, 1, ...}" "${MAIN_ADDRESS:?name or address of node 0}"
 exec torchrun --nnodes "${NODES:-2}" --node_rank "$NODE_RANK" --nproc_per_node "${PROCESSES_PER_NODE:-gpu}" \

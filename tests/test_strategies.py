@@ -54,7 +54,7 @@ STRATEGIES = {
 # Other ways to the same, tried with one stage each.
 OTHERS = {
     "accelerate-zero3": ((*ACCELERATE, CONFIGS / "deepspeed.yaml"), (), "DeepSpeed ZeRO-3"),
-    "torchrun-fsdp2": (TORCHRUN, ("--fsdp", "true"), "FSDP2"),
+    "torchrun-fsdp2": (TORCHRUN, ("--fsdp", "full_shard"), "FSDP2"),
     "torchrun-zero2": (TORCHRUN, ("--deepspeed", CONFIGS / "ds_zero2_experts.json"), "DeepSpeed ZeRO-2"),
 }
 # One case per strategy in the quick suite, such that every stage has one, too.
@@ -300,7 +300,7 @@ def test_the_slurm_script_starts_a_launcher_per_node(world, one_process, tmp_pat
     )
     for path in programs.iterdir():
         path.chmod(0o755)
-    run = ["train_pretrain.py", *arguments(world, "pretrain", tmp_path / "two", 2), "--fsdp", "true"]
+    run = ["train_pretrain.py", *arguments(world, "pretrain", tmp_path / "two", 2), "--fsdp", "full_shard"]
     slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": str(free_port())}
     on_two_nodes([["bash", str(CONFIGS / "slurm.sbatch"), *run]], **slurm, PATH=f"{programs}:{PATH}")
     assert_equal_runs(tmp_path / "two", one_process("pretrain"))
