@@ -290,6 +290,8 @@ class TokenLossMixin:
 
 def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
     """The trained weights by name, in fp32 where there are masters. Call it on all processes (it gathers)."""
+    if getattr(trainer, "experts", None) is not None:
+        return trainer.whole_weights()
     masters = trainer.master_optimizer()
     if masters is None:
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)
