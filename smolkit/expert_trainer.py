@@ -186,7 +186,10 @@ class ExpertParallelMixin:
         if self._by_name(checkpoint):
             saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
             parallel.load_optimizer_state(self._bare_optimizer(), self.model, saved)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            count = len(self._bare_optimizer().param_groups)  # may differ; they all have the same learning rate
+            schedule = {key: value[:1] * count if isinstance(value, list) else value for key, value in schedule.items()}
+            self.lr_scheduler.load_state_dict(schedule)
             return None
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.experts is not None and checkpoint is not None and not is_partitioned(self.model):

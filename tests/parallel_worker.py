@@ -9,7 +9,7 @@ the whole model, and reports how far the two are apart.
 import json
 import os
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit import parallel
 from smolkit.arguments import PretrainTrainingArguments
+from smolkit.errors import UserError
 from smolkit.packing import PackedCollator
 from smolkit.runtime import prepare
-from smolkit.training import final_weights
+from smolkit.training import final_weights, finish
 from train_pretrain import PretrainTrainer
 
 SHAPE = dict(
@@ -38,7 +39,7 @@ SHAPE = dict(
     num_experts=4,
     num_experts_per_tok=2,
 )
-ADAM = dict(optim="adamw_torch_fused", learning_rate=1e-2, adam_epsilon=1e-6, weight_decay=0.1)
+ADAM = dict(optim="adamw_torch_fused", learning_rate=1e-2, adam_epsilon=1e-5, weight_decay=0.1)
 # Plain gradient descent shows the size of a gradient, which Adam hides.
 DESCENT = dict(optim="sgd", learning_rate=0.5, weight_decay=0.0)
 CASES: dict[str, dict[str, Any]] = {
@@ -47,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulation": DESCENT | dict(max_grad_norm=0.0, gradient_accumulation_steps=3),
     "clip": DESCENT | dict(max_grad_norm=0.1),
     "capacity": ADAM | dict(max_grad_norm=0.3, gradient_accumulation_steps=2),
+    "resume": ADAM | dict(max_grad_norm=0.3, gradient_accumulation_steps=2, max_steps=4),
     "all": ADAM | dict(max_grad_norm=0.3, gradient_accumulation_steps=2, gradient_checkpointing=True),
 }
 
@@ -206,16 +208,69 @@ def compare(strategy: str, case: str, size: int, output: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """Largest difference over the weights in `one`, which is empty but in the main process."""
+    return max((float((one[name].float() - two[name].float()).abs().max()) for name in one), default=0.0)
+
+
+def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
+    """Save in the middle, continue at the same and at another expert parallel size, write the final directory."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer_for(strategy, "resume", size, f"{output}/run", **saving)
+    whole.train()
+    expected, checkpoint = final_weights(whole), f"{output}/run/checkpoint-2"
+    finish(whole, torch.float32, "card")
+
+    again = trainer_for(strategy, "resume", size, f"{output}/again")
+    again.train(resume_from_checkpoint=checkpoint)
+    continued = difference(expected, final_weights(again))
+    other = trainer_for(strategy, "resume", 1, f"{output}/other")
+    try:
+        other.train(resume_from_checkpoint=checkpoint)
+        elsewhere: Any = difference(expected, final_weights(other))
+    except UserError as error:
+        elsewhere = str(error)
+    masters = whole.master_optimizer()
+    norms = []
+    if masters is not None:  # the two ways to clip give the same norm
+        loss = whole.model.train()(**whole.seen[0]).loss
+        loss.backward()
+        parallel.reduce_gradients(whole.model)
+        add_up = parallel.sum_over_group(whole.model)
+        for parameter in whole.model.parameters():
+            if parameter not in parallel.expert_parameters(whole.model):
+                dist.all_reduce(parameter.grad)
+        norms = [masters.clip_grad_norm(0.1, add_up).item(), parallel.clip_gradients(whole.model, 0.1).item()]
+    if dist.get_rank():
+        return {}
+    saved = AutoModelForCausalLM.from_pretrained(f"{output}/run")
+    batch = torch.arange(1, 12)[None]
+    with torch.no_grad():
+        theirs, ours = saved(batch).logits, SmolForCausalLM.from_pretrained(f"{output}/run").eval()(batch).logits
+    middle = AutoModelForCausalLM.from_pretrained(checkpoint)
+    return {
+        "architecture": type(saved).__name__,
+        "final": difference(expected, {n: w for n, w in saved.named_parameters()}),
+        "logits": float((theirs - ours).abs().max()),
+        "middle": difference(expected, {n: w for n, w in middle.named_parameters()}),
+        "continued": continued,
+        "elsewhere": elsewhere,
+        "norms": norms,
+        "files": sorted(path.name for path in Path(checkpoint).iterdir()),
+    }
+
+
 def main() -> None:
     report, size, *cases = sys.argv[1:]
     prepare(0)
     results: dict[str, Any] = {}
     for item in cases:
         strategy, case = item.split(":")
-        with tempfile.TemporaryDirectory() as output:
-            results[item] = compare(strategy, case, int(size), output)
-            if dist.get_rank() == 0:
-                Path(report).write_text(json.dumps(results))
+        function = resume if case == "resume" else partial(compare, case=case)
+        output = str(Path(report).with_suffix("") / item.replace(":", "-"))  # shared by all processes
+        results[item] = function(strategy, size=int(size), output=output)
+        if dist.get_rank() == 0:
+            Path(report).write_text(json.dumps(results))
     dist.barrier()
 
 
