@@ -54,15 +54,23 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def strategy_arguments(strategy: str) -> dict[str, Any]:
-    """What TrainingArguments get for ddp, fsdp2, zero1, zero2 or zero3."""
+    """What TrainingArguments get for ddp, masters (in bf16), fsdp2, zero1, zero2, zero3, zero3-offload, ..."""
     if strategy == "fsdp2":
         return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["SmolDecoderLayer"]}}
     if strategy.startswith("zero"):
         names = "gradient_accumulation_steps gradient_clipping train_batch_size train_micro_batch_size_per_gpu"
-        zero = {"stage": int(strategy[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+        zero = {"stage": int(strategy[4]), "stage3_gather_16bit_weights_on_model_save": True}
         # Small enough to be partitioned even here, in several buckets
         zero |= {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 5000, "sub_group_size": 3000}
-        return {"deepspeed": dict.fromkeys(names.split(), "auto") | {"zero_optimization": zero}}
+        config = dict.fromkeys(names.split(), "auto") | {"zero_optimization": zero}
+        if strategy.endswith("-config"):  # the optimizer is DeepSpeed's, which decays all weights alike
+            adam = {"type": "AdamW", "params": {"torch_adam": True, "betas": [0.9, 0.95], "eps": 1e-5}}
+            adam["params"] |= {"lr": "auto", "weight_decay": "auto"}
+            return {"deepspeed": config | {"optimizer": adam}, "weight_decay": 0.0}
+        if strategy.endswith("-offload"):
+            zero["offload_optimizer"] = zero["offload_param"] = {"device": "cpu"}
+            config["zero_force_ds_cpu_optimizer"] = False
+        return {"deepspeed": config}
     return {}
 
 
@@ -135,9 +143,9 @@ def trainer_for(strategy: str, case: str, size: int, output: str, **more: Any) -
     return trainer
 
 
-def replay(case: str, steps: list[list[dict]], settings: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def replay(case: str, steps: list[list[dict]], settings: dict[str, Any]) -> dict[str, Any]:
     """The same micro-batches through the whole model, in plain torch: losses, norms, weights, validation loss."""
-    model = build(case).to(dtype).train()
+    model = build(case).train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     groups = [
         {"params": decayed, "weight_decay": settings["weight_decay"]},
@@ -189,7 +197,7 @@ def compare(strategy: str, case: str, size: int, output: str) -> dict[str, Any]:
         for start in range(0, 3 * accumulation, accumulation)
     ]
     assert len({str(batch["input_ids"]) for batches in steps for batch in batches}) == 3 * accumulation * len(seen)
-    expected = replay(case, steps, CASES[case], torch.float32)
+    expected = replay(case, steps, CASES[case] | strategy_arguments(strategy))
     return {
         "world": dist.get_world_size(),
         "names": sorted(weights) == sorted(expected["weights"]),
@@ -209,7 +217,7 @@ def compare(strategy: str, case: str, size: int, output: str) -> dict[str, Any]:
 
 
 def difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """Largest difference over the weights in `one`, which is empty but in the main process."""
+    """Largest difference over the weights in `one`, which is empty except in the main process."""
     return max((float((one[name].float() - two[name].float()).abs().max()) for name in one), default=0.0)
 
 
