@@ -30,8 +30,6 @@ class ExpertParallelMixin:
             return
         self._watch = layers[0].watch
         self._watch.read()
-        if self.is_fsdp_enabled:
-            parallel.shard_over_replicas(self.model, self.accelerator.state.fsdp_plugin)
         if self.experts.crossing and self.args.process_index == 0:
             print(
                 f"warning: --expert_parallel_size {self.experts.size} does not fit into one node: rows of every layer "
@@ -160,7 +158,10 @@ class ExpertParallelMixin:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Refuse, before anything is loaded, a checkpoint whose optimizer state does not fit this placement."""
+        """Refuse, before anything is loaded, a checkpoint whose optimizer state does not fit this placement.
+
+        Only then FSDP2 takes the experts: a forward pass before training (as in DPO's check) must not be its first.
+        """
         if resume_from_checkpoint is not None:
             saved, size = saved_placement(resume_from_checkpoint), self.experts.size if self.experts else 1
             engine = "deepspeed" if self.is_deepspeed_enabled else "by name"
@@ -171,6 +172,8 @@ class ExpertParallelMixin:
                     f"{saved['expert_parallel_size']} ({saved['optimizer']}), which {size} ({engine}) cannot continue; "
                     "its weights fit everywhere: start from it with --base_model and another --output_dir"
                 )
+        if self.experts is not None and self.is_fsdp_enabled:
+            parallel.shard_over_replicas(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _by_name(self, checkpoint: str | None) -> bool:

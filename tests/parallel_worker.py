@@ -251,11 +251,12 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
         norms = [masters.clip_grad_norm(0.1, add_up).item(), parallel.clip_gradients(whole.model, 0.1).item()]
     if dist.get_rank():
         return {}
-    saved = AutoModelForCausalLM.from_pretrained(f"{output}/run")
+    with parallel.whole_model():  # one process alone must not load under ZeRO-3
+        saved, middle = (AutoModelForCausalLM.from_pretrained(path) for path in (f"{output}/run", checkpoint))
+        own = SmolForCausalLM.from_pretrained(f"{output}/run").eval()
     batch = torch.arange(1, 12)[None]
     with torch.no_grad():
-        theirs, ours = saved(batch).logits, SmolForCausalLM.from_pretrained(f"{output}/run").eval()(batch).logits
-    middle = AutoModelForCausalLM.from_pretrained(checkpoint)
+        theirs, ours = saved(batch).logits, own(batch).logits
     return {
         "architecture": type(saved).__name__,
         "final": difference(expected, {n: w for n, w in saved.named_parameters()}),
