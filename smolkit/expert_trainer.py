@@ -21,10 +21,12 @@ PLACEMENT_FILE = "expert_parallel.json"  # in a checkpoint: its optimizer state 
 class ExpertParallelMixin:
     """Put it before `TrainerMixin` in the bases. Without spread experts it changes nothing."""
 
+    experts: parallel.ExpertGroups | None = None
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         layers = parallel.spread_layers(self.model)
-        self.experts: parallel.ExpertGroups | None = layers[0].groups if layers else None
+        self.experts = layers[0].groups if layers else None
         self._expert_load: torch.Tensor | None = None  # (N,) share of the slots by place in the group, this window
         if self.experts is None:
             return
@@ -99,6 +101,9 @@ class ExpertParallelMixin:
         if grad_norm is None and self.experts is not None and not self.is_deepspeed_enabled:
             return self._clip_grad_norm(model, float("inf"))
         return super()._get_grad_norm(model, grad_norm)
+
+    def is_sharded(self) -> bool:
+        return self.experts is not None or super().is_sharded()
 
     # what is logged
 
