@@ -191,7 +191,8 @@ def pretrain(world: Path, output: Path) -> list[str]:
     return f"""--data_path {world}/pretrain --tokenizer_path {world}/tokenizer --model_size tiny-moe --model_overrides
         hidden_size=64 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1 moe_intermediate_size=48
         capacity_factor=1.25 --block_size 64 --per_device_train_batch_size 4 --max_steps 6 --logging_steps 1
-        --weights_dtype fp32 --max_eval_rows 16 --disable_tqdm true --output_dir {output}""".split()
+        --weights_dtype fp32 --max_eval_rows 16 --disable_tqdm true --sample_prompts The --sample_tokens 6
+        --output_dir {output}""".split()
 
 
 def stage_arguments(program: str, world: Path, output: Path) -> list[str]:
@@ -224,6 +225,8 @@ def check_same_run(one: Path, two: Path, steps: int, tolerance: float = 1e-5) ->
 def test_pretraining_with_spread_experts_equals_one_process(world, tmp_path) -> None:
     torchrun(2, "train_pretrain.py", *pretrain(world, tmp_path / "two"), "--expert_parallel_size", 2)
     check_same_run(world / "one", tmp_path / "two", 6)
+    samples = [(folder / "samples.jsonl").read_text() for folder in (world / "one", tmp_path / "two")]
+    assert samples[0] == samples[1] and "The" in samples[0], "generation needs all experts in one process"
     loads = [metrics(tmp_path / "two", f"expert_parallel/load_{place}") for place in (0, 1)]
     assert [a + b for a, b in zip(*loads, strict=True)] == pytest.approx([2.0] * 6, rel=1e-5)
 
