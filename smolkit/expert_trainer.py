@@ -77,8 +77,9 @@ class ExpertParallelMixin:
         When saving and loading it would look for its own expert layers; what it writes for models without experts
         holds all that its processes differ in but the experts' weights, and those are in the native checkpoint.
         """
-        if self.experts is not None and self.is_deepspeed_enabled:
-            self.accelerator.deepspeed_engine_wrapped.engine.has_moe_layers = False
+        wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)  # None while DeepSpeed starts
+        if self.experts is not None and wrapped is not None:
+            wrapped.engine.has_moe_layers = False
         return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
