@@ -99,6 +99,13 @@ def test_the_full_grid(strategy: str, tmp_path) -> None:
 
 
 @slow
+def test_offload_and_an_optimizer_from_the_deepspeed_config(tmp_path) -> None:
+    cases = ["zero3-offload:all", "zero1-config:all", "zero2-config:all", "zero3-config:all"]
+    for report in reports(tmp_path, 2, 2, cases).values():
+        check_equal(report, "all", 2)
+
+
+@slow
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_four_processes_equal_one(strategy: str, size: int, tmp_path) -> None:
