@@ -100,7 +100,7 @@ class ExpertParallelMixin:
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None and self.experts is not None and not self.is_deepspeed_enabled:
-            return self._clip_grad_norm(model, float("inf"))
+            grad_norm = self._clip_grad_norm(model, float("inf"))
         return super()._get_grad_norm(model, grad_norm)
 
     def is_sharded(self) -> bool:
@@ -199,6 +199,7 @@ class ExpertParallelMixin:
             count = len(self._bare_optimizer().param_groups)  # may differ; they all have the same learning rate
             schedule = {key: value[:1] * count if isinstance(value, list) else value for key, value in schedule.items()}
             self.lr_scheduler.load_state_dict(schedule)
+            self._continued_from = Path(checkpoint)  # whose open log window the persistence restores
             return None
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.experts is not None and checkpoint is not None and not is_partitioned(self.model):
