@@ -33,8 +33,10 @@ from smolkit.checkpoints import (
 )
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.errors import UserError, run
+from smolkit.expert_trainer import ExpertParallelMixin
 from smolkit.packing import preference_pairs
 from smolkit.pairs import PairCollator, PairLossMixin
+from smolkit.parallel import check_expert_parallel, spread_experts, whole_model
 from smolkit.progress import watch
 from smolkit.runs import load_on_every_process, open_job
 from smolkit.runtime import prepare
@@ -49,7 +51,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 NOISE = ("attention_dropout", "residual_dropout", "capacity_factor")
 
 
-class PreferenceTrainer(TrainerMixin, PairLossMixin, DPOTrainer):
+class PreferenceTrainer(ExpertParallelMixin, TrainerMixin, PairLossMixin, DPOTrainer):
     """TRL's trainer on pairs that are rendered already."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -148,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference_path = stage.ref_model_path or stage.model_path
     reference_config = load_config(reference_path, tokenizer, tokenizer_path)
     max_length = row_length(args.max_length, 1024, config, "--max_length")
+    check_expert_parallel(stage.expert_parallel_size, config, args)
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.model_path, reference_path])
     if job.finished:
         return
@@ -177,9 +180,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     load_on_every_process(args)
     separate = reference_path != stage.model_path or not args.precompute_ref_log_probs
     kernel = stage.attn_implementation
-    reference = build_model(reference_config, reference_path, job.dtype, kernel) if separate else None
     quiet = without_noise(config) if args.disable_dropout else config
-    model = build_model(quiet, stage.model_path, job.dtype, kernel)
+    with whole_model(stage.expert_parallel_size > 1):
+        reference = build_model(reference_config, reference_path, job.dtype, kernel) if separate else None
+        model = build_model(quiet, stage.model_path, job.dtype, kernel)
+    spread_experts(model, stage.expert_parallel_size, args)
     trainer = PreferenceTrainer(
         model=model,
         ref_model=reference,

@@ -25,7 +25,9 @@ from smolkit.checkpoints import (
 )
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.errors import run
+from smolkit.expert_trainer import ExpertParallelMixin
 from smolkit.packing import PackedCollator, pack_conversations
+from smolkit.parallel import check_expert_parallel, spread_experts, whole_model
 from smolkit.progress import watch
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
@@ -33,7 +35,7 @@ from smolkit.shards import tokenized
 from smolkit.training import TokenLossMixin, TrainerMixin, finish
 
 
-class FullSftTrainer(TokenLossMixin, TrainerMixin, SFTTrainer):
+class FullSftTrainer(ExpertParallelMixin, TokenLossMixin, TrainerMixin, SFTTrainer):
     """TRL's trainer on rows that are rendered and packed already, with the model's own loss."""
 
 
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage.base_model, new, stage.tokenizer_path, stage.tokenizer_type, chat=True
     )
     max_length = row_length(args.max_length, 1024, config, "--max_length")
+    check_expert_parallel(stage.expert_parallel_size, config, args)
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.base_model], new_model=vars(new))
     if job.finished:
         return
@@ -66,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     prepare(args.seed)  # random weights depend on the seed, not on what ran before
-    model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
+    with whole_model(stage.expert_parallel_size > 1):
+        model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
+    spread_experts(model, stage.expert_parallel_size, args)
     job.begin()
     trainer = FullSftTrainer(
         model=model,

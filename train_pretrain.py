@@ -26,7 +26,9 @@ from smolkit.checkpoints import (
 )
 from smolkit.doctor import PRETRAIN_SUFFIXES
 from smolkit.errors import run
+from smolkit.expert_trainer import ExpertParallelMixin
 from smolkit.packing import PackedCollator, pack_texts
+from smolkit.parallel import check_expert_parallel, spread_experts, whole_model
 from smolkit.progress import watch
 from smolkit.runs import open_job
 from smolkit.runtime import prepare
@@ -34,7 +36,7 @@ from smolkit.shards import tokenized
 from smolkit.training import TokenLossMixin, TrainerMixin, finish
 
 
-class PretrainTrainer(TokenLossMixin, TrainerMixin, Trainer):
+class PretrainTrainer(ExpertParallelMixin, TokenLossMixin, TrainerMixin, Trainer):
     """`transformers.Trainer` with this toolkit's loss, masters and checkpoints."""
 
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage.base_model, new, stage.tokenizer_path, stage.tokenizer_type, chat=False
     )
     block_size = row_length(stage.block_size, 512, config, "--block_size")
+    check_expert_parallel(stage.expert_parallel_size, config, args)
     job = open_job(stage, args, PRETRAIN_SUFFIXES, [tokenizer_path, stage.base_model], new_model=vars(new))
     if job.finished:
         return
@@ -72,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     prepare(args.seed)  # random weights depend on the seed, not on what ran before
-    model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
+    with whole_model(stage.expert_parallel_size > 1):
+        model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
+    spread_experts(model, stage.expert_parallel_size, args)
     job.begin()
     trainer = PretrainTrainer(
         model=model,

@@ -87,6 +87,11 @@ class StageArguments:
         "auto: continue an interrupted run from its last checkpoint; a finished run says so and exits 0; "
         "a run with other settings is refused. never: start over, replacing the checkpoints in --output_dir.",
     )
+    expert_parallel_size: int = option(
+        1,
+        "Spread the experts of a MoE model over groups of this many processes; it must divide the experts and the "
+        "processes. The smallest size that fits into memory is the fastest.",
+    )
     threads: int | None = option(None, "CPU threads per process. Default: what OMP_NUM_THREADS or the machine says.")
     sample_prompts: list[str] | None = option(
         None,
@@ -220,6 +225,11 @@ class LoraArguments(StageArguments):
         super().validate()
         if not self.base_model:
             raise UserError("--base_model is required: the checkpoint directory to adapt")
+        if self.expert_parallel_size != 1:
+            raise UserError(
+                f"--expert_parallel_size {self.expert_parallel_size}: PEFT's adapters know nothing of spread experts; "
+                "frozen weights need no optimizer state, so leave it out and use FSDP or ZeRO-3 if they do not fit"
+            )
         if self.lora_r < 1:
             raise UserError(f"--lora_r {self.lora_r} must be at least 1")
         if not 0 <= self.lora_dropout < 1:

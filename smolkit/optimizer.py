@@ -64,16 +64,22 @@ class MasterAdamW(torch.optim.Optimizer):
         return {weight: self.state[weight]["master"] for weight in self._weights()}
 
     @torch.no_grad()
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
+    def clip_grad_norm(self, max_norm: float, add_up: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Total gradient norm in fp32 (a 0-d tensor); the next `step` scales the gradients down to `max_norm`.
 
-        The scale is applied inside the update, to fp32 gradients: no extra rounding, no extra pass.
+        The scale is applied inside the update, to fp32 gradients: no extra rounding, no extra pass. `add_up` sums
+        over the processes that each hold other parameters in the groups marked "moe" (expert parallelism).
         """
-        norms = []
+        norms: dict[bool, list[Tensor]] = {False: [], True: []}
         for group in self.param_groups:
+            spread = add_up is not None and bool(group.get("moe"))
             for pieces in self._slices(group):
-                norms += torch._foreach_norm(self._in_float32(pieces))
-        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+                norms[spread] += torch._foreach_norm(self._in_float32(pieces))
+        device = (norms[False] + norms[True])[0].device
+        if norms[True]:
+            elsewhere = torch.stack([norm.to(device) for norm in norms[True]]).square().sum()
+            norms[False].append(add_up(elsewhere).sqrt())
+        total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms[False]]))
         self._divisor = torch.clamp((total + 1e-6) / max_norm, min=1.0)
         return total
 

@@ -221,7 +221,7 @@ def run_settings(
     """What determines the result of a run: arguments that matter, and a fingerprint of every input file."""
     ignored = """
         config max_eval_rows resume threads data_cache_dir num_proc save_dtype merge merged_dir output_dir
-        eval_data_path attn_implementation sample_prompts sample_tokens peak_tflops
+        eval_data_path attn_implementation sample_prompts sample_tokens peak_tflops expert_parallel_size
     """.split()
     kept = """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1

@@ -291,6 +291,8 @@ def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
 
     Under DeepSpeed and FSDP the main process gets them on the CPU, the others nothing they may use.
     """
+    if getattr(trainer, "experts", None) is not None:
+        return trainer.whole_weights()
     masters = trainer.master_optimizer()
     if masters is not None:
         values = masters.master_of()
