@@ -30,6 +30,7 @@ from smolkit.checkpoints import (
     row_length,
 )
 from smolkit.doctor import RECORD_SUFFIXES
+from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
 from smolkit.packing import LengthGroupedOrder, pair_lengths, preference_pairs
 from smolkit.progress import watch
@@ -122,6 +123,9 @@ def add_likelihood(args: DpoTrainingArguments, rpo_alpha: float) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     stage, args = parse((DpoArguments, DpoTrainingArguments), argv, __doc__)
+    if stage.dry_run:
+        dry_run("dpo", stage, args)
+        return
     prepare(args.seed, stage.threads)
     add_likelihood(args, stage.rpo_alpha)
     config, tokenizer, tokenizer_path = resolve_model(

@@ -28,6 +28,7 @@ from smolkit.checkpoints import (
     save_final,
 )
 from smolkit.doctor import RECORD_SUFFIXES
+from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
 from smolkit.packing import PackedCollator, pack_conversations
 from smolkit.progress import watch
@@ -80,6 +81,9 @@ def write_merged(
 
 def main(argv: Sequence[str] | None = None) -> None:
     stage, args = parse((LoraArguments, LoraTrainingArguments), argv, __doc__)
+    if stage.dry_run:
+        dry_run("lora", stage, args, adapter=(stage.lora_r, stage.lora_target))
+        return
     prepare(args.seed, stage.threads)
     config, tokenizer, tokenizer_path = resolve_model(
         stage.base_model, None, stage.tokenizer_path, stage.tokenizer_type, chat=True

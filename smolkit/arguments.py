@@ -20,6 +20,7 @@ from trl import DPOConfig, SFTConfig
 
 from smolkit.errors import UserError
 from smolkit.reporters import check_reporters
+from smolkit.planner import amount
 from smolkit.runtime import has_accelerator
 
 # The TrainingArguments flags that most runs touch; `--help` shows these, `--help_all` the rest.
@@ -42,7 +43,48 @@ def option(default: Any = None, text: str = "", aliases: Sequence[str] = ()) -> 
 
 
 @dataclass
-class StageArguments:
+class PlanArguments:
+    """--dry_run and what it wants to know; nothing here changes a run."""
+
+    dry_run: bool = option(
+        False,
+        "Print what the run would do and need (parameters, tokens, steps, memory of every strategy, time), and exit. "
+        "Nothing is written; what the run would read may be missing.",
+    )
+    plan_format: Literal["text", "json"] = option("text", "Form of the plan.")
+    plan_model: str | None = option(None, "Preset or model directory to plan with while the checkpoint is missing.")
+    data_tokens: str | None = option(None, "Plan with this many tokens of training data (10B). Default: an estimate.")
+    data_rows: str | None = option(None, "Plan with this many rows (pairs) of training data.")
+    num_devices: int | None = option(None, "Plan for this many devices. Default: the processes or GPUs here.")
+    device_memory: str | None = option(None, "Plan for GPUs of this memory (80GB, 24GiB). Default: what is here.")
+    host_memory: str | None = option(None, "Memory of the machine, for offloading (1TB).")
+    plan_expert_parallel_size: int = option(1, "Plan with the experts split over this many devices.")
+    tokens_per_second: str | None = option(None, "Plan with this speed of all devices together.")
+    device_flops: str | None = option(None, "Dense bf16 FLOP/s of a device (989T). Default: known for common GPUs.")
+    mfu: float | None = option(None, "Share of these FLOP/s that training reaches. Default: 0.35.")
+    expect_parameters: str | None = option(None, "Warn unless the model has this many parameters (30B).")
+    expect_active_parameters: str | None = option(None, "Warn unless this many are active per token (7B).")
+    expect_tokens_per_step: str | None = option(None, "Warn unless a step has this many tokens (524288).")
+    expect_epochs: float | None = option(None, "Warn unless the steps pass over the data this many times.")
+
+    def validate_plan(self) -> None:
+        """Raise `UserError` for a number that is none."""
+        names = "data_tokens data_rows device_memory host_memory tokens_per_second device_flops".split()
+        names += "expect_parameters expect_active_parameters expect_tokens_per_step".split()
+        for name in names:
+            try:
+                amount(getattr(self, name))
+            except ValueError as error:
+                raise UserError(f"--{name} {error}") from None
+        for name in ("num_devices", "plan_expert_parallel_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise UserError(f"--mfu {self.mfu} must be in (0, 1]")
+
+
+@dataclass
+class StageArguments(PlanArguments):
     """What all training scripts take."""
 
     config: str | None = option(None, "YAML file with any of these arguments; the command line wins over it.")
@@ -100,6 +142,7 @@ class StageArguments:
 
     def validate(self) -> None:
         """Raise `UserError` for values that contradict each other or cannot work."""
+        self.validate_plan()
         if not self.data_path:
             raise UserError("--data_path is required: files, directories or globs with the training data")
         if self.threads is not None and self.threads < 1:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from smolkit.arguments import StageArguments
+from smolkit.arguments import PlanArguments, StageArguments
 from smolkit.doctor import expand_paths, validation_path
 from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError
@@ -137,7 +137,7 @@ def run_settings(
     ignored = """
         config max_eval_rows resume threads data_cache_dir num_proc save_dtype merge merged_dir output_dir
         eval_data_path attn_implementation sample_prompts sample_tokens peak_tflops
-    """.split()
+    """.split() + [item.name for item in fields(PlanArguments)]
     kept = """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1
         adam_beta2 adam_epsilon max_grad_norm per_device_train_batch_size

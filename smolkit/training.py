@@ -9,7 +9,9 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,9 @@ class TrainerMixin:
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
         )
+        # Its state lies beside the weights. accelerate would place it by loading a copy of all of it: 12 bytes a
+        # parameter twice, on a GPU in the worst moment.
+        self.accelerator.prepare_optimizer = partial(_prepare_in_place, self.accelerator.prepare_optimizer)
         return self.optimizer
 
     def master_optimizer(self) -> MasterAdamW | None:
@@ -247,6 +252,11 @@ class TrainerMixin:
         saved = SmolForCausalLM.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
         return None
+
+
+def _prepare_in_place(prepare: Callable, optimizer: Any, device_placement: Any = None) -> Any:
+    """accelerate's `prepare_optimizer`, which leaves the state where it is."""
+    return prepare(optimizer, device_placement=False)
 
 
 class TokenLossMixin:
