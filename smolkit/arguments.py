@@ -19,8 +19,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from smolkit.errors import UserError
-from smolkit.reporters import check_reporters
 from smolkit.planner import amount
+from smolkit.reporters import check_reporters
 from smolkit.runtime import has_accelerator
 
 # The TrainingArguments flags that most runs touch; `--help` shows these, `--help_all` the rest.
@@ -239,12 +239,9 @@ class SftArguments(StageArguments):
 
 
 @dataclass
-class LoraArguments(StageArguments):
-    """train_lora.py"""
+class AdapterArguments:
+    """LoRA (arXiv:2106.09685), wherever an adapter is trained."""
 
-    base_model: str | None = option(
-        None, "Checkpoint directory to adapt; its weights stay as they are.", ["--model_path"]
-    )
     lora_r: int = option(8, "Rank of the update.")
     lora_alpha: float = option(16, "The update is scaled by alpha / r.")
     lora_dropout: float = option(0.0, "Dropout on the adapter's input.")
@@ -253,32 +250,54 @@ class LoraArguments(StageArguments):
         "Module names to adapt (q_proj v_proj ...). 'all-linear': every linear layer but the head; in a MoE model "
         "those of the attention, never the router. 'experts' adds the fused expert weights (needs --lora_dropout 0).",
     )
+    use_dora: bool = option(False, "Train magnitude and direction apart (DoRA, arXiv:2402.09353); not for experts.")
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(r), for ranks above 32 (rsLoRA, arXiv:2312.03732).")
+    qlora: bool = option(False, "Keep the base in 4 bits (QLoRA, arXiv:2305.14314). Needs CUDA and bitsandbytes.")
     merge: bool = option(False, "Also write the base model with the update merged into its weights.")
     merged_dir: str | None = option(None, "Where --merge writes. Default: <output_dir>-merged. Implies --merge.")
 
-    def validate(self) -> None:
-        super().validate()
-        if not self.base_model:
-            raise UserError("--base_model is required: the checkpoint directory to adapt")
+    def validate_adapter(self) -> None:
+        """Raise `UserError` for values that contradict each other or cannot work."""
         if self.lora_r < 1:
             raise UserError(f"--lora_r {self.lora_r} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")
         if "experts" in self.lora_target and self.lora_dropout:
             raise UserError("--lora_target experts needs --lora_dropout 0: PEFT has no dropout for fused weights")
+        if "experts" in self.lora_target and self.use_dora:
+            raise UserError("--lora_target experts and --use_dora: PEFT has no DoRA for fused weights; leave one out")
 
 
 @dataclass
-class DpoArguments(StageArguments):
+class LoraArguments(StageArguments, AdapterArguments):
+    """train_lora.py"""
+
+    base_model: str | None = option(
+        None, "Checkpoint directory to adapt; its weights stay as they are.", ["--model_path"]
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.base_model:
+            raise UserError("--base_model is required: the checkpoint directory to adapt")
+        self.validate_adapter()
+
+
+@dataclass
+class DpoArguments(StageArguments, AdapterArguments):
     """train_dpo.py"""
 
     model_path: str | None = option(
         None,
-        "The fine-tuned (SFT) checkpoint; it is both the policy to train and the reference.",
+        "The fine-tuned (SFT) checkpoint; it is both the policy to train and the reference. An adapter directory of "
+        "train_lora.py is trained on, against itself as it was.",
         ["--base_model"],
     )
     ref_model_path: str | None = option(
         None, "Reference checkpoint, when it lies elsewhere. It must agree with the policy before step 1."
+    )
+    use_lora: bool = option(
+        False, "Train a LoRA adapter (--lora_*): the reference is the same model with the adapter switched off."
     )
     rpo_alpha: float = option(
         0.0, "Weight of an added likelihood term on the chosen answers (RPO); TRL's loss_type 'sft'."
@@ -290,6 +309,9 @@ class DpoArguments(StageArguments):
             raise UserError("--model_path is required: the SFT checkpoint directory")
         if self.rpo_alpha < 0:
             raise UserError(f"--rpo_alpha {self.rpo_alpha} must not be negative")
+        if self.use_lora and self.ref_model_path:
+            raise UserError("--use_lora needs no --ref_model_path: the reference is the model without the adapter")
+        self.validate_adapter()
 
 
 class _CommonBehaviour:

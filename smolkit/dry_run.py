@@ -47,15 +47,13 @@ def dry_run(
     stage: StageArguments,
     args: TrainingArguments,
     new: NewModelArguments | None = None,
-    adapter: tuple[int, list[str]] | None = None,
-    base_bits: int | None = None,
 ) -> dict[str, Any]:
     """Print the plan (on the main process) and return it as a dict of plain values.
 
-    kind: pretrain, sft, lora or dpo. adapter: rank and targets of LoRA. `UserError` where the run would raise one for
+    kind: pretrain, sft, lora or dpo. `UserError` where the run would raise one for
     its arguments.
     """
-    plan = make_plan(kind, stage, args, new, adapter, base_bits)
+    plan = make_plan(kind, stage, args, new)
     if args.process_index == 0:
         print(json.dumps(plan, indent=1) if stage.plan_format == "json" else as_text(plan), flush=True)
     return plan
@@ -66,8 +64,6 @@ def make_plan(
     stage: StageArguments,
     args: TrainingArguments,
     new: NewModelArguments | None,
-    adapter: tuple[int, list[str]] | None,
-    base_bits: int | None,
 ) -> dict[str, Any]:
     """See `dry_run`."""
     missing: list[str] = []
@@ -82,7 +78,7 @@ def make_plan(
     ]
     if config is None:
         return plan
-    work = make_work(kind, stage, args, config, adapter, base_bits)
+    work = make_work(kind, stage, args, config)
     total, active = count_parameters(config)
     plan["model"] = {
         "architecture": config.native_type(),
@@ -254,15 +250,14 @@ def make_work(
     stage: StageArguments,
     args: TrainingArguments,
     config: SmolConfig,
-    adapter: tuple[int, list[str]] | None,
-    base_bits: int | None,
 ) -> Work:
     """The numbers of a micro-batch and of the devices."""
     length = getattr(stage, "block_size", None) if kind == "pretrain" else args.max_length
     flag, default = ("--block_size", 512) if kind == "pretrain" else ("--max_length", 1024)
     devices = stage.num_devices or max(args.world_size, torch.cuda.device_count() if args.world_size == 1 else 1)
     on_gpu = has_accelerator() or stage.device_memory is not None
-    aside = kind == "dpo" and not args.precompute_ref_log_probs and adapter is None
+    lora = kind == "lora" or getattr(stage, "use_lora", False)
+    aside = kind == "dpo" and not lora and not args.precompute_ref_log_probs
     try:
         return Work(
             config,
@@ -273,9 +268,9 @@ def make_work(
             device="cuda" if on_gpu else "cpu",
             gradient_checkpointing=args.gradient_checkpointing,
             expert_parallel_size=getattr(stage, "expert_parallel_size", None) or stage.plan_expert_parallel_size,
-            trained=planner.lora_parameters(config, *adapter) if adapter else None,
+            trained=planner.lora_parameters(config, stage.lora_r, stage.lora_target) if lora else None,
             reference=aside,
-            base_bits=base_bits,
+            base_bits=4 if lora and stage.qlora else None,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

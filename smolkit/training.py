@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -239,7 +240,9 @@ class TrainerMixin:
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        unwrapped.save_pretrained(directory, state_dict=state_dict)
+        # of an adapter that is its own reference only the trained copy
+        only = {"selected_adapters": ["default"]} if isinstance(unwrapped, PeftModel) else {}
+        unwrapped.save_pretrained(directory, state_dict=state_dict, **only)
         if self.args.should_save:
             save_tokenizer(self.processing_class, directory)
             write_json(directory / "training_arguments.json", json.loads(self.args.to_json_string()))
