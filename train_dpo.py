@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from trl import DPOTrainer
 
 from smolkit.adapters import adapter_base, build_base, check_quantised, lora_config, merged_directory, write_merged
@@ -80,6 +80,10 @@ class PreferenceTrainer(TrainerMixin, DPOTrainer):
         batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         order = LengthGroupedOrder(pair_lengths(self.train_dataset), self.order_seed(), batch_size)
         return self.ordered_dataloader(self.train_dataset, order)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """One after the other: the library would group these by length, too, and does not know how long a pair is."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probabilities as two more columns: kept ones, or computed now and kept."""
