@@ -24,6 +24,7 @@ from smolkit.checkpoints import (
     row_length,
 )
 from smolkit.doctor import RECORD_SUFFIXES
+from smolkit.dry_run import dry_run
 from smolkit.errors import run
 from smolkit.expert_trainer import ExpertParallelMixin
 from smolkit.packing import PackedCollator, pack_conversations
@@ -41,6 +42,9 @@ class FullSftTrainer(ExpertParallelMixin, TokenLossMixin, TrainerMixin, SFTTrain
 
 def main(argv: Sequence[str] | None = None) -> None:
     stage, new, args = parse((SftArguments, NewModelArguments, SftTrainingArguments), argv, __doc__)
+    if stage.dry_run:
+        dry_run("sft", stage, args, new)
+        return
     prepare(args.seed, stage.threads)
     config, tokenizer, tokenizer_path = resolve_model(
         stage.base_model, new, stage.tokenizer_path, stage.tokenizer_type, chat=True

@@ -11,23 +11,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedTokenizerFast
 from trl import SFTTrainer
 
-from smol_model import SmolConfig
+from smolkit.adapters import build_base, check_quantised, lora_config, merged_directory, write_merged
 from smolkit.arguments import LoraArguments, LoraTrainingArguments, parse
 from smolkit.checkpoints import (
-    build_model,
     describe_model,
     model_card,
     resolve_model,
     row_length,
     save_adapter,
-    save_final,
 )
 from smolkit.doctor import RECORD_SUFFIXES
+from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
 from smolkit.packing import PackedCollator, pack_conversations
 from smolkit.progress import watch
@@ -41,54 +37,22 @@ class LoraTrainer(TokenLossMixin, TrainerMixin, SFTTrainer):
     """TRL's trainer on rows that are rendered and packed already, with the model's own loss."""
 
 
-def lora_config(stage: LoraArguments, config: SmolConfig) -> LoraConfig:
-    """PEFT's configuration for --lora_*; the MoE router is never adapted."""
-    modules = [name for name in stage.lora_target if name != "experts"]
-    experts = "experts" in stage.lora_target
-    if experts and not config.num_experts:
-        raise UserError(f"--lora_target experts: {stage.base_model} has no experts")
-    if "all-linear" in modules and len(modules) > 1:
-        raise UserError("--lora_target all-linear covers the module names beside it; leave them out")
-    targets: str | list[str] = modules
-    if "all-linear" in modules:  # for MoE models PEFT would count the router and the experts among them
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if config.num_experts else "all-linear"
-    return LoraConfig(
-        r=stage.lora_r,
-        lora_alpha=stage.lora_alpha,
-        lora_dropout=stage.lora_dropout,
-        target_modules=targets,
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if experts else None,
-        task_type="CAUSAL_LM",
-    )
-
-
-def write_merged(
-    directory: str,
-    stage: LoraArguments,
-    adapter: str,
-    config: SmolConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    dtype: torch.dtype,
-) -> None:
-    """Add the adapter to the base weights, in fp32 and from the files: only the final rounding is lost."""
-    base = build_model(config, stage.base_model, torch.float32)
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    card = model_card(Path(directory).name, config, {"base": stage.base_model, "adapter": adapter})
-    save_final(merged, merged.state_dict(), tokenizer, directory, dtype, card)
-    print(f"merged model in {directory}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     stage, args = parse((LoraArguments, LoraTrainingArguments), argv, __doc__)
+    if stage.dry_run:
+        dry_run("lora", stage, args)
+        return
+    if stage.qlora:
+        check_quantised()
     prepare(args.seed, stage.threads)
     config, tokenizer, tokenizer_path = resolve_model(
         stage.base_model, None, stage.tokenizer_path, stage.tokenizer_type, chat=True
     )
-    adapter = lora_config(stage, config)
+    adapter = lora_config(stage, config, stage.base_model)
     max_length = row_length(args.max_length, 1024, config, "--max_length")
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.base_model])
-    merged_dir = stage.merged_dir or (f"{args.output_dir.rstrip('/')}-merged" if stage.merge else None)
-    merging = (merged_dir, stage, args.output_dir, config, tokenizer, job.save_dtype)
+    merged_dir = merged_directory(stage, args.output_dir)
+    merging = (merged_dir, stage.base_model, args.output_dir, config, tokenizer, job.save_dtype)
     if job.finished:
         if merged_dir and args.should_save and not (Path(merged_dir) / "config.json").is_file():
             write_merged(*merging)
@@ -103,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job.announce(
         {
             "model": describe_model(config),
-            "weights": f"{stage.base_model}, kept in {job.dtype}",
+            "weights": f"{stage.base_model}, kept in {'4 bits' if stage.qlora else job.dtype}",
             "adapter": f"rank {stage.lora_r}, alpha {stage.lora_alpha:g}, on {' '.join(stage.lora_target)}",
             "data": rows.summary,
             "validation": f"{len(rows.evaluation):,} rows" if rows.evaluation else "none",
@@ -112,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     )
 
-    model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
+    model = build_base(stage, config, stage.base_model, job.dtype, stage.attn_implementation, args.local_process_index)
     try:
         trainer = LoraTrainer(
             model=model,

@@ -25,6 +25,7 @@ from smolkit.checkpoints import (
     row_length,
 )
 from smolkit.doctor import PRETRAIN_SUFFIXES
+from smolkit.dry_run import dry_run
 from smolkit.errors import run
 from smolkit.expert_trainer import ExpertParallelMixin
 from smolkit.packing import PackedCollator, pack_texts
@@ -42,6 +43,9 @@ class PretrainTrainer(ExpertParallelMixin, TokenLossMixin, TrainerMixin, Trainer
 
 def main(argv: Sequence[str] | None = None) -> None:
     stage, new, args = parse((PretrainArguments, NewModelArguments, PretrainTrainingArguments), argv, __doc__)
+    if stage.dry_run:
+        dry_run("pretrain", stage, args, new)
+        return
     prepare(args.seed, stage.threads)
     config, tokenizer, tokenizer_path = resolve_model(
         stage.base_model, new, stage.tokenizer_path, stage.tokenizer_type, chat=False

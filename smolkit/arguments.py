@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from smolkit.errors import UserError
+from smolkit.planner import amount
 from smolkit.renamed import hint
 from smolkit.reporters import check_reporters
 from smolkit.runtime import has_accelerator
@@ -45,7 +46,46 @@ def option(default: Any = None, text: str = "", aliases: Sequence[str] = ()) -> 
 
 
 @dataclass
-class StageArguments:
+class PlanArguments:
+    """--dry_run and what it wants to know; nothing here changes a run."""
+
+    dry_run: bool = option(
+        False,
+        "Print what the run would do and need (parameters, tokens, steps, memory of every strategy, time), and exit. "
+        "Nothing is written; what the run would read may be missing.",
+    )
+    plan_format: Literal["text", "json"] = option("text", "Form of the plan.")
+    plan_model: str | None = option(None, "Preset or model directory to plan with while the checkpoint is missing.")
+    data_tokens: str | None = option(None, "Plan with this many tokens of training data (10B). Default: an estimate.")
+    data_rows: str | None = option(None, "Plan with this many rows (pairs) of training data.")
+    num_devices: int | None = option(None, "Plan for this many devices. Default: the processes or GPUs here.")
+    device_memory: str | None = option(None, "Plan for GPUs of this memory (80GB, 24GiB). Default: what is here.")
+    host_memory: str | None = option(None, "Memory of the machine, for offloading (1TB).")
+    tokens_per_second: str | None = option(None, "Plan with this speed of all devices together.")
+    device_flops: str | None = option(None, "Dense bf16 FLOP/s of a device (989T). Default: known for common GPUs.")
+    mfu: float | None = option(None, "Share of these FLOP/s that training reaches. Default: 0.35.")
+    expect_parameters: str | None = option(None, "Warn unless the model has this many parameters (30B).")
+    expect_active_parameters: str | None = option(None, "Warn unless this many are active per token (7B).")
+    expect_tokens_per_step: str | None = option(None, "Warn unless a step has this many tokens (524288).")
+    expect_epochs: float | None = option(None, "Warn unless the steps pass over the data this many times.")
+
+    def validate_plan(self) -> None:
+        """Raise `UserError` for a number that is none."""
+        names = "data_tokens data_rows device_memory host_memory tokens_per_second device_flops".split()
+        names += "expect_parameters expect_active_parameters expect_tokens_per_step".split()
+        for name in names:
+            try:
+                amount(getattr(self, name))
+            except ValueError as error:
+                raise UserError(f"--{name} {error}") from None
+        if self.num_devices is not None and self.num_devices < 1:
+            raise UserError(f"--num_devices {self.num_devices} must be at least 1")
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise UserError(f"--mfu {self.mfu} must be in (0, 1]")
+
+
+@dataclass
+class StageArguments(PlanArguments):
     """What all training scripts take."""
 
     config: str | None = option(None, "YAML file with any of these arguments; the command line wins over it.")
@@ -108,6 +148,7 @@ class StageArguments:
 
     def validate(self) -> None:
         """Raise `UserError` for values that contradict each other or cannot work."""
+        self.validate_plan()
         if not self.data_path:
             raise UserError("--data_path is required: files, directories or globs with the training data")
         if self.threads is not None and self.threads < 1:
@@ -204,12 +245,9 @@ class SftArguments(StageArguments):
 
 
 @dataclass
-class LoraArguments(StageArguments):
-    """train_lora.py"""
+class AdapterArguments:
+    """LoRA (arXiv:2106.09685), wherever an adapter is trained."""
 
-    base_model: str | None = option(
-        None, "Checkpoint directory to adapt; its weights stay as they are.", ["--model_path"]
-    )
     lora_r: int = option(8, "Rank of the update.")
     lora_alpha: float = option(16, "The update is scaled by alpha / r.")
     lora_dropout: float = option(0.0, "Dropout on the adapter's input.")
@@ -218,37 +256,64 @@ class LoraArguments(StageArguments):
         "Module names to adapt (q_proj v_proj ...). 'all-linear': every linear layer but the head; in a MoE model "
         "those of the attention, never the router. 'experts' adds the fused expert weights (needs --lora_dropout 0).",
     )
+    use_dora: bool = option(False, "Train magnitude and direction apart (DoRA, arXiv:2402.09353); not for experts.")
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(r), for ranks above 32 (rsLoRA, arXiv:2312.03732).")
+    qlora: bool = option(False, "Keep the base in 4 bits (QLoRA, arXiv:2305.14314). Needs CUDA and bitsandbytes.")
     merge: bool = option(False, "Also write the base model with the update merged into its weights.")
     merged_dir: str | None = option(None, "Where --merge writes. Default: <output_dir>-merged. Implies --merge.")
 
-    def validate(self) -> None:
-        super().validate()
-        if not self.base_model:
-            raise UserError("--base_model is required: the checkpoint directory to adapt")
-        if self.expert_parallel_size != 1:
-            raise UserError(
-                f"--expert_parallel_size {self.expert_parallel_size}: PEFT's adapters know nothing of spread experts; "
-                "frozen weights need no optimizer state, so leave it out and use FSDP or ZeRO-3 if they do not fit"
-            )
+    def validate_adapter(self) -> None:
+        """Raise `UserError` for values that contradict each other or cannot work."""
         if self.lora_r < 1:
             raise UserError(f"--lora_r {self.lora_r} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")
         if "experts" in self.lora_target and self.lora_dropout:
             raise UserError("--lora_target experts needs --lora_dropout 0: PEFT has no dropout for fused weights")
+        if "experts" in self.lora_target and self.use_dora:
+            raise UserError("--lora_target experts and --use_dora: PEFT has no DoRA for fused weights; leave one out")
+
+
+def refuse_spread_adapters(expert_parallel_size: int) -> None:
+    """Raise `UserError` when experts would be spread although an adapter is trained."""
+    if expert_parallel_size != 1:
+        raise UserError(
+            f"--expert_parallel_size {expert_parallel_size}: PEFT's adapters know nothing of spread experts; "
+            "frozen weights need no optimizer state, so leave it out and use FSDP or ZeRO-3 if they do not fit"
+        )
 
 
 @dataclass
-class DpoArguments(StageArguments):
+class LoraArguments(StageArguments, AdapterArguments):
+    """train_lora.py"""
+
+    base_model: str | None = option(
+        None, "Checkpoint directory to adapt; its weights stay as they are.", ["--model_path"]
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.base_model:
+            raise UserError("--base_model is required: the checkpoint directory to adapt")
+        refuse_spread_adapters(self.expert_parallel_size)
+        self.validate_adapter()
+
+
+@dataclass
+class DpoArguments(StageArguments, AdapterArguments):
     """train_dpo.py"""
 
     model_path: str | None = option(
         None,
-        "The fine-tuned (SFT) checkpoint; it is both the policy to train and the reference.",
+        "The fine-tuned (SFT) checkpoint; it is both the policy to train and the reference. An adapter directory of "
+        "train_lora.py is trained on, against itself as it was.",
         ["--base_model"],
     )
     ref_model_path: str | None = option(
         None, "Reference checkpoint, when it lies elsewhere. It must agree with the policy before step 1."
+    )
+    use_lora: bool = option(
+        False, "Train a LoRA adapter (--lora_*): the reference is the same model with the adapter switched off."
     )
     rpo_alpha: float = option(
         0.0, "Weight of an added likelihood term on the chosen answers (RPO); TRL's loss_type 'sft'."
@@ -260,6 +325,9 @@ class DpoArguments(StageArguments):
             raise UserError("--model_path is required: the SFT checkpoint directory")
         if self.rpo_alpha < 0:
             raise UserError(f"--rpo_alpha {self.rpo_alpha} must not be negative")
+        if self.use_lora and self.ref_model_path:
+            raise UserError("--use_lora needs no --ref_model_path: the reference is the model without the adapter")
+        self.validate_adapter()
 
 
 @dataclass

@@ -263,7 +263,7 @@ def save_adapter(trainer: Any, card: str) -> None:
     if trainer.args.should_save:
         shutil.rmtree(aside, ignore_errors=True)
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        model.save_pretrained(aside, state_dict=state)
+        model.save_pretrained(aside, state_dict=state, selected_adapters=["default"])  # not a reference's copy
         save_tokenizer(trainer.processing_class, aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
         move_into(aside, directory)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -223,7 +224,9 @@ class PersistenceMixin:
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        unwrapped.save_pretrained(directory, state_dict=state_dict)
+        # of an adapter that is its own reference only the trained copy
+        only = {"selected_adapters": ["default"]} if isinstance(unwrapped, PeftModel) else {}
+        unwrapped.save_pretrained(directory, state_dict=state_dict, **only)
         if self.args.should_save:
             save_tokenizer(self.processing_class, directory)
             write_json(directory / "training_arguments.json", json.loads(self.args.to_json_string()))

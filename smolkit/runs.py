@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from smolkit.arguments import StageArguments
+from smolkit.arguments import PlanArguments, StageArguments
 from smolkit.doctor import expand_paths, validation_path
 from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError
@@ -219,10 +219,13 @@ def run_settings(
     stage: StageArguments, args: TrainingArguments, inputs: Iterable[str | Path], **more: Any
 ) -> dict[str, Any]:
     """What determines the result of a run: arguments that matter, and a fingerprint of every input file."""
-    ignored = """
+    ignored = (
+        """
         config max_eval_rows resume threads data_cache_dir num_proc save_dtype merge merged_dir output_dir
         eval_data_path attn_implementation sample_prompts sample_tokens peak_tflops expert_parallel_size
     """.split()
+        + [item.name for item in fields(PlanArguments)]
+    )
     kept = """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1
         adam_beta2 adam_epsilon max_grad_norm max_steps num_train_epochs seed data_seed optim bf16 fp16

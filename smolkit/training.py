@@ -6,7 +6,9 @@ token prediction: a sum over trained tokens divided by their global number, in t
 """
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,6 +82,9 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
         )
+        # Its state lies beside the weights. accelerate would place it by loading a copy of all of it: 12 bytes a
+        # parameter twice, on a GPU in the worst moment.
+        self.accelerator.prepare_optimizer = partial(_prepare_in_place, self.accelerator.prepare_optimizer)
         return self.optimizer
 
     def master_optimizer(self) -> MasterAdamW | None:
@@ -193,6 +198,11 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
         missing, unexpected = copy.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= set(copy._tied_weights_keys), (missing, unexpected)
         return copy.to(device=self.args.device, dtype=next(self.model.parameters()).dtype)
+
+
+def _prepare_in_place(prepare: Callable, optimizer: Any, device_placement: Any = None) -> Any:
+    """accelerate's `prepare_optimizer`, which leaves the state where it is."""
+    return prepare(optimizer, device_placement=False)
 
 
 class TokenLossMixin:

@@ -24,6 +24,7 @@ FORBIDDEN = {
     **{f"smolkit/doctor/{path.name}": {"torch"} for path in (ROOT / "smolkit" / "doctor").glob("*.py")},
     "smolkit/tokenizer.py": {"torch"},
     "smolkit/packing.py": {"smol_model"},
+    "smolkit/planner.py": {"torch", "transformers"},
     "smolkit/shards.py": {"smol_model", "torch"},
 }
 
@@ -86,7 +87,7 @@ def test_the_readme_names_every_file_once() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text.split("## What is where")[1].split("```")[1]
     named = re.findall(r"(?:smolkit/|recipes/)?[a-z_]+\.(?:py|sh)", tree)
-    scripts = {path.name for path in ROOT.glob("*.py")} | {relative(path) for path in ROOT.glob("recipes/*")}
+    scripts = {path.name for path in ROOT.glob("*.py")} | {relative(path) for path in ROOT.glob("recipes/*.sh")}
     rooms = {relative(path) for path in (ROOT / "smolkit").glob("*.py")} - {"smolkit/__init__.py"}
     assert sorted(n for n in named if n != "tiny_world_words.py") == sorted(
         (scripts | rooms) - {"smolkit/tiny_world_words.py"}

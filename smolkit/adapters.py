@@ -1,0 +1,103 @@
+"""LoRA adapters, for every script that trains or reads one: PEFT's configuration, the base under it, merging."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from smol_model import SmolConfig, SmolForCausalLM
+from smolkit.arguments import AdapterArguments
+from smolkit.checkpoints import build_model, model_card, save_final
+from smolkit.errors import UserError
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def lora_config(stage: AdapterArguments, config: SmolConfig, base: str) -> LoraConfig:
+    """PEFT's configuration for --lora_*; the MoE router is never adapted."""
+    modules = [name for name in stage.lora_target if name != "experts"]
+    experts = "experts" in stage.lora_target
+    if experts and not config.num_experts:
+        raise UserError(f"--lora_target experts: {base} has no experts")
+    if "all-linear" in modules and len(modules) > 1:
+        raise UserError("--lora_target all-linear covers the module names beside it; leave them out")
+    targets: str | list[str] = modules
+    if "all-linear" in modules:  # for MoE models PEFT would count the router and the experts among them
+        targets = ATTENTION if config.num_experts else "all-linear"
+    return LoraConfig(
+        r=stage.lora_r,
+        lora_alpha=stage.lora_alpha,
+        lora_dropout=stage.lora_dropout,
+        use_dora=stage.use_dora,
+        use_rslora=stage.use_rslora,
+        target_modules=targets,
+        target_parameters=EXPERTS if experts else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def adapter_base(directory: str | Path) -> str | None:
+    """The base model that an adapter directory names; None for any other directory. `UserError` when it is gone."""
+    directory = Path(directory)
+    if (directory / "config.json").is_file() or not (directory / "adapter_config.json").is_file():
+        return None
+    base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not (Path(base) / "config.json").is_file():
+        raise UserError(f"{directory} adapts {base}, which is not there; put it there or merge the adapter first")
+    return str(base)
+
+
+def check_quantised() -> None:
+    """`UserError` where a base in 4 bits cannot be trained on."""
+    if not torch.cuda.is_available():
+        raise UserError("--qlora needs a CUDA GPU, and torch sees none: leave it out (LoRA keeps the base in bf16)")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--qlora needs bitsandbytes: pip install -r requirements-qlora.txt")
+
+
+def build_base(
+    stage: AdapterArguments, config: SmolConfig, directory: str, dtype: torch.dtype, attention: str, index: int
+) -> PreTrainedModel:
+    """The model under an adapter: as it is, or its linear layers in 4 bits on GPU `index` (--qlora)."""
+    if not stage.qlora:
+        return build_model(config, directory, dtype, attention)
+    check_quantised()
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return SmolForCausalLM.from_pretrained(
+        directory,
+        config=config,
+        dtype=torch.bfloat16,
+        attn_implementation=attention,
+        quantization_config=four_bits,
+        device_map={"": index},
+    )
+
+
+def merged_directory(stage: AdapterArguments, output_dir: str) -> str | None:
+    """Where --merge writes; None without it."""
+    return stage.merged_dir or (f"{output_dir.rstrip('/')}-merged" if stage.merge else None)
+
+
+def write_merged(
+    directory: str,
+    base: str,
+    adapter: str,
+    config: SmolConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: torch.dtype,
+) -> None:
+    """Add the adapter to the base weights, in fp32 and from the files: only the final rounding is lost."""
+    model = build_model(config, base, torch.float32)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    card = model_card(Path(directory).name, config, {"base": base, "adapter": adapter})
+    save_final(merged, merged.state_dict(), tokenizer, directory, dtype, card)
+    print(f"merged model in {directory}")

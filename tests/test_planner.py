@@ -1,0 +1,230 @@
+"""The planner's figures against numbers worked out by hand, and `--dry_run` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import train_dpo
+import train_full_sft
+import train_lora
+import train_pretrain
+from smol_model import SmolConfig, preset_config
+from smolkit import planner
+from smolkit.errors import UserError
+from smolkit.planner import STRATEGIES, Work, amount, memory
+
+BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
+
+
+def dense(**changes) -> SmolConfig:
+    shape = dict(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    return SmolConfig(**shape | changes)
+
+
+# By hand: embedding 64,000; a layer 2 * 64² + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64 = 36,992; final norm 64.
+P = 64_000 + 2 * 36_992 + 64
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "weights", "gradients", "optimizer"),
+    [
+        ("ddp", 1, 2 * P, 2 * P, 12 * P),
+        ("ddp-fp32", 1, 4 * P, 4 * P, 8 * P),
+        ("ddp-autocast", 1, 4 * P, 4 * P, 8 * P),
+        ("zero-1", 2, 2 * P, 2 * P, 12 * P // 2 + 4 * P // 2),
+        ("zero-2", 2, 2 * P, 2 * P // 2, 12 * P // 2 + 4 * P // 2),
+        ("zero-3", 2, 2 * P // 2, 2 * P // 2, 12 * P // 2 + 4 * P // 2),
+        ("fsdp2", 2, 4 * P // 2, 4 * P // 2, 8 * P // 2),
+        ("zero-3-offload", 2, 2 * P // 2, 2 * P // 2, 0),
+    ],
+)
+def test_state_of_each_strategy(name, devices, weights, gradients, optimizer) -> None:
+    need = memory(Work(dense(), 1, 8, devices=devices, device="cpu"), BY_NAME[name])
+    assert (need.weights, need.gradients, need.optimizer) == pytest.approx((weights, gradients, optimizer), rel=1e-4)
+
+
+def test_seven_billion_do_not_fit_under_plain_ddp() -> None:
+    """16 bytes a parameter: 6.9B x 16 = 110.6 GB, the well-known 112 GB of a 7B model."""
+    work = Work(preset_config("base"), 4, 2048, devices=8, gradient_checkpointing=True)
+    ddp = memory(work, BY_NAME["ddp"])
+    assert ddp.weights + ddp.gradients + ddp.optimizer == pytest.approx(16 * 6_915_624_960)
+    lines = planner.compare(work, 80e9, 1e12)
+    assert not next(line for line in lines if line["strategy"] == "ddp")["fits"]
+    (warning,) = planner.check_fit(work, lines, "ddp", 80e9)
+    assert "110.6 GB of it weights, gradients and optimizer state" in warning
+    assert "zero-1 fits" in warning
+    assert planner.check_fit(work, lines, "zero-3", 80e9) == []
+
+
+def test_expert_parallelism_splits_experts_only() -> None:
+    moe = dense(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    experts = 2 * 4 * 3 * 64 * 32
+    assert planner.expert_parameters(moe) == experts
+    one, two = (
+        memory(Work(moe, 1, 8, devices=2, expert_parallel_size=n, device="cpu"), BY_NAME["ddp"]) for n in (1, 2)
+    )
+    assert one.weights - two.weights == 2 * experts // 2
+
+
+def test_activations_by_hand() -> None:
+    """bf16 on a GPU, per token and layer: 4 D + 2 Q + 2 K + 3 F = 256 + 128 + 64 + 384 values, and 4 B x 4 heads."""
+    work = Work(dense(), 3, 10)
+    layer = 2 * (256 + 128 + 64 + 384) + 16
+    assert planner.activation_bytes(work, 2) == 30 * (2 * layer + 2 * 64 * 2)
+    checkpointed = Work(dense(), 3, 10, gradient_checkpointing=True)
+    assert planner.activation_bytes(checkpointed, 2) == 30 * (2 * 64 * 2 + layer)
+    # BlockAttention on a CPU keeps, of 256 positions in blocks of 128, (256 + 128) / 2 weights per head and token.
+    assert planner.attention_weight_bytes(dense(), 256, 2, "cpu") == 4 * 2 * 192
+
+
+def test_gradients_add_to_activations_only_under_accumulation() -> None:
+    one = memory(Work(dense(), 1, 512), BY_NAME["ddp"])
+    more = memory(Work(dense(), 1, 512, accumulation=2), BY_NAME["ddp"])
+    assert one.peak == one.weights + one.optimizer + one.buffers + max(one.activations + one.logits, one.gradients)
+    assert more.peak == more.weights + more.optimizer + more.buffers + more.activations + more.logits + more.gradients
+
+
+def test_lora_trains_rank_times_both_sides() -> None:
+    # q 64+64, k and v 64+32, o 64+64, gate and up 64+128, down 128+64; two layers
+    assert planner.lora_parameters(dense(), 8, ["all-linear"]) == 2 * 8 * (128 + 96 + 96 + 128 + 3 * 192)
+    assert planner.lora_parameters(dense(), 8, ["q_proj"]) == 2 * 8 * 128
+    adapter = memory(Work(dense(), 1, 8, trained=1000), BY_NAME["ddp"])
+    assert (adapter.gradients, adapter.optimizer) == (2000, 12000)
+
+
+def test_accumulation_for_half_a_million_tokens() -> None:
+    assert planner.accumulation_for(524_288, 128, 256, 2) == 8
+    work = Work(preset_config("smollama"), 128, 256, accumulation=4096, devices=2)
+    (warning,) = planner.check_batch(work, 524_288)
+    assert "268,435,456 tokens instead of 524,288" in warning
+    assert "--gradient_accumulation_steps 8 (524,288 tokens)" in warning
+
+
+def test_a_linear_schedule_turns_negative_beyond_its_end() -> None:
+    assert planner.linear_factor(5000, 100, 5000) == 0
+    assert planner.linear_factor(5050, 100, 5000) == pytest.approx(-50 / 4900)
+    (warning,) = planner.check_schedule("linear", 100, 5050, 5000)
+    assert "-0.0102 times the peak" in warning
+    assert "never reached" in planner.check_schedule("linear", 100, 100, None)[0]
+
+
+def test_claimed_sizes_are_counted() -> None:
+    warnings = planner.check_parameters(preset_config("moe"), 30e9, 7e9)
+    assert any("8 experts, top-2, can never be 7B active of 30B" in warning for warning in warnings)
+    assert planner.check_parameters(preset_config("moe-30b-a7b"), 30e9, 7e9) == []
+    (warning,) = planner.check_parameters(preset_config("smollama", num_hidden_layers=16), 130e6, None)
+    assert "130M expected" in warning
+
+
+def test_epochs() -> None:
+    (warning,) = planner.check_epochs(6000 * 524_288 / 10e9, 3)
+    assert "0.31" in warning
+    assert "5 times" in planner.check_epochs(5.0, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("80GB", 80e9), ("24GiB", 24 * 2**30), ("7B", 7e9), ("524,288", 524288.0), (None, None)]
+)
+def test_amounts(text, value) -> None:
+    assert amount(text) == value
+
+
+@pytest.mark.parametrize("text", ["many", "-1GB", "8 XB", "0"])
+def test_bad_amounts(text) -> None:
+    with pytest.raises(ValueError, match="not a number|positive"):
+        amount(text)
+
+
+# --- as a user runs it --------------------------------------------------------------------------------------
+
+
+def plan(capsys, main, line: str) -> dict:
+    """The plan as JSON."""
+    main([*line.split(), "--dry_run", "--plan_format", "json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_without_anything_on_disk(tmp_path, capsys) -> None:
+    line = f"""--data_path {tmp_path}/no.jsonl --tokenizer_path {tmp_path}/no --model_size base --num_devices 8
+        --device_memory 80GB --host_memory 1TB --data_tokens 5B --num_epochs 3 --device_flops 989T --mfu 0.4
+        --per_device_train_batch_size 4 --block_size 2048 --gradient_accumulation_steps 8 --gradient_checkpointing true
+        --output_dir {tmp_path}/out"""
+    made = plan(capsys, train_pretrain.main, line)
+    assert made["model"]["total_parameters"] == 6_915_624_960
+    assert made["steps"]["tokens_per_step"] == 524_288
+    assert made["steps"]["steps"] == 3 * -(-int(5e9 / 0.98) // 524_288)
+    assert [line.split(":")[0] for line in made["missing"]] == ["tokenizer", "data"]
+    fits = {line["strategy"] for line in made["memory"]["strategies"] if line["fits"]}
+    assert "ddp" not in fits and "zero-3" in fits
+    assert any("ddp needs" in warning and "zero-1 fits" in warning for warning in made["warnings"])
+    # 3 x 5B tokens at 6 x 6.3B FLOPs and attention: 15.3e9 x 43.9e9 / (8 x 0.4 x 989e12) = 59 hours
+    assert made["time"]["seconds"] / 3600 == pytest.approx(56, rel=0.1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_plan_from_what_is_there(tmp_path, capsys, monkeypatch) -> None:
+    text = "one two three four five six seven eight. " * 10
+    (tmp_path / "text.jsonl").write_text((json.dumps({"text": text}) + "\n") * 500)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "timing.jsonl").write_text('{"step": 1, "tokens_per_second": 1000}\n')
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    line = f"--data_path {tmp_path}/text.jsonl --model_size tiny --output_dir {tmp_path}/out --num_devices 1"
+    made = plan(capsys, train_pretrain.main, line)
+    assert made["data"]["rows"] == 500
+    assert made["data"]["tokens"] == pytest.approx(500 * len(text) / 4, rel=0.01)
+    assert made["time"]["seconds"] == pytest.approx(made["steps"]["tokens"] / 1000)
+    assert any("CUDA_LAUNCH_BLOCKING" in warning for warning in made["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--model_size huge", "huge is neither a preset"),
+        ("--model_size tiny --device_memory lots", "--device_memory 'lots'"),
+        ("--model_size tiny --block_size 4096", "longer than the model's context"),
+        ("--model_size tiny --num_devices 0", "--num_devices 0"),
+    ],
+)
+def test_mistakes_stay_mistakes(line, message, tmp_path) -> None:
+    with pytest.raises(UserError, match=message):
+        train_pretrain.main(["--data_path", "nowhere", "--dry_run", *line.split()])
+
+
+SCRIPTS = {
+    "train_pretrain.py": train_pretrain.main,
+    "train_full_sft.py": train_full_sft.main,
+    "train_lora.py": train_lora.main,
+    "train_dpo.py": train_dpo.main,
+}
+RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
+
+
+def script_of(recipe: Path) -> str:
+    """The script that the recipe's comment names."""
+    return next(name for name in SCRIPTS if f"{name} --config recipes/{recipe.name}" in recipe.read_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_planned_offline(recipe, capsys) -> None:
+    made = plan(capsys, SCRIPTS[script_of(recipe)], f"--config {recipe}")
+    assert made["steps"]["steps"] > 100
+    fitting = [line for line in made["memory"]["strategies"] if line["fits"] or made["memory"]["device_bytes"] is None]
+    assert fitting, "there is a way to train it on the devices it names"
+    contradictions = [warning for warning in made["warnings"] if "ddp needs" not in warning]
+    assert contradictions == [], "its arithmetic is right"
+
+
+def test_the_text_names_every_part(capsys) -> None:
+    train_dpo.main(["--config", str(next(path for path in RECIPES if path.stem == "smollama-dpo")), "--dry_run"])
+    text = capsys.readouterr().out
+    for part in "arguments|model  |data  |step  |steps  |schedule  |memory  |missing  |time  ".split("|"):
+        assert f"\n{part}" in text

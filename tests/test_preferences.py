@@ -1,0 +1,262 @@
+"""DPO in full: every loss, the kept reference, adapters instead of a second model, lengths of both sides."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train_dpo
+import train_lora
+import train_tokenizer
+from smol_model import SmolConfig, SmolForCausalLM
+from smolkit import preferences
+from smolkit.checkpoints import load_tokenizer, save_final
+from smolkit.errors import UserError
+
+WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def sentence(random: np.random.Generator) -> str:
+    return " ".join(random.choice(WORDS, random.integers(3, 12))) + "."
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Pairs, conversations, a tokenizer, and a dense and a MoE checkpoint with random weights."""
+    folder, random = tmp_path_factory.mktemp("preferences"), np.random.default_rng(0)
+    pairs = [
+        {"prompt": sentence(random), "chosen": "Gladly: " + sentence(random), "rejected": sentence(random)}
+        for _ in range(16)
+    ]
+    write(folder / "dpo.jsonl", pairs)
+    turns = [[("user", sentence(random)), ("assistant", sentence(random))] for _ in range(16)]
+    write(
+        folder / "sft.jsonl",
+        [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns],
+    )
+    write(folder / "text.jsonl", [{"text": sentence(random)} for _ in range(60)])
+    train_tokenizer.main(
+        f"--mode train --data_path {folder}/text.jsonl --vocab_size 320 --save_dir {folder}/tokenizer".split()
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for name, more in (("dense", {}), ("moe", MOE)):
+        torch.manual_seed(1)
+        config = SmolConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            **more,
+        )
+        model = SmolForCausalLM(config)
+        save_final(model, model.state_dict(), tokenizer, folder / name, torch.float32, "card")
+    return folder
+
+
+def run(main, home: Path, output: Path, line: str) -> Path:
+    data = "dpo" if main is train_dpo.main else "sft"
+    main(
+        f"""--data_path {home}/{data}.jsonl --output_dir {output} --max_length 128 --max_steps 2 --logging_steps 1
+        --per_device_train_batch_size 4 --weights_dtype fp32 --learning_rate 1e-2 --disable_tqdm true
+        --save_strategy no --warmup_steps 0 {line}""".split()
+    )
+    return output
+
+
+def metrics(directory: Path, name: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+IDS = torch.arange(5, 25)[None]
+
+
+def test_the_reference_is_kept_by_content(home, tmp_path, capsys) -> None:
+    """The same pairs and model: read; another model or length: computed anew; a damaged file: as if absent."""
+    cache = tmp_path / "cache"
+    again = f"--model_path {home}/dense --data_cache_dir {cache} --resume never"
+
+    def kept() -> set[Path]:
+        return set((cache / "reference").glob("*.safetensors"))
+
+    first = run(train_dpo.main, home, tmp_path / "a", again)
+    (file,) = kept()
+    assert str(file) not in capsys.readouterr().out
+    second = run(train_dpo.main, home, tmp_path / "b", again)
+    assert f"the reference's log-probabilities are those of {file}" in capsys.readouterr().out
+    assert metrics(first) == metrics(second)
+    assert metrics(first, "logps/chosen") == metrics(second, "logps/chosen")
+
+    file.write_bytes(file.read_bytes()[:20])
+    run(train_dpo.main, home, tmp_path / "b", again)
+    assert "those of" not in capsys.readouterr().out
+    run(train_dpo.main, home, tmp_path / "c", f"{again} --model_path {home}/moe")
+    run(train_dpo.main, home, tmp_path / "d", f"{again} --max_length 96")
+    assert len(kept()) == 3
+
+
+def test_the_hash_covers_all_it_depends_on(home, tmp_path) -> None:
+    pairs = Dataset.from_dict({"prompt_ids": [[1, 2]], "chosen_ids": [[3, 4]], "rejected_ids": [[5]]})
+    moved = Dataset.from_dict({"prompt_ids": [[1, 2, 3]], "chosen_ids": [[4]], "rejected_ids": [[5]]})
+    name = preferences.content_hash([home / "dense"], pairs, max_length=8)
+    assert name == preferences.content_hash([home / "dense"], pairs, max_length=8)
+    others = [
+        preferences.content_hash([home / "moe"], pairs, max_length=8),
+        preferences.content_hash([home / "dense"], moved, max_length=8),
+        preferences.content_hash([home / "dense"], pairs, max_length=9),
+    ]
+    assert len({name, *others}) == 4
+    file = preferences.reference_file(tmp_path, name)
+    assert preferences.load_reference(file, 1) is None
+    assert preferences.save_reference(file, ([-1.5], [-2.5]))
+    assert preferences.load_reference(file, 1) == ([-1.5], [-2.5])
+    assert preferences.load_reference(file, 2) is None
+
+
+def test_lengths_of_both_sides() -> None:
+    text = preferences.describe_lengths({"chosen": np.array([10, 30]), "rejected": np.array([10, 10])})
+    assert "chosen 20 tokens on average (median 20, 95 % up to 29, longest 30)" in text
+    assert "chosen is longer in 50% of the pairs" in text
+    assert "chosen answers are 2.0 times as long" in text
+    assert "warning" not in preferences.describe_lengths({"chosen": np.array([10]), "rejected": np.array([11])})
+
+
+@pytest.mark.parametrize("precompute", ["true", "false"])
+def test_an_adapter_needs_no_second_model(home, tmp_path, capsys, precompute, monkeypatch) -> None:
+    built = []
+    original = train_dpo.build_model
+    monkeypatch.setattr(train_dpo, "build_model", lambda *args: built.append(args) or original(*args))
+    before = (home / "dense" / "model.safetensors").read_bytes()
+    line = f"--model_path {home}/dense --use_lora --merge --lora_r 4 --precompute_ref_log_probs {precompute}"
+    output = run(train_dpo.main, home, tmp_path / "out", line)
+    text = capsys.readouterr().out
+    assert "policy and reference agree before step 1" in text and "chosen is longer in" in text
+    assert not built, "no second model"
+    assert metrics(output)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics(output)[1] < math.log(2)
+    assert metrics(output, "lengths/chosen")[0] > metrics(output, "lengths/rejected")[0]
+    assert (home / "dense" / "model.safetensors").read_bytes() == before
+    base = AutoModelForCausalLM.from_pretrained(home / "dense", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, output)(IDS).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged", dtype=torch.float32)(IDS).logits
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_is_trained_on_against_itself(home, tmp_path) -> None:
+    """The policy starts as the fine-tuned adapter, and so does the reference: not as the base below it."""
+    tuned = run(train_lora.main, home, tmp_path / "sft", f"--base_model {home}/dense --lora_r 4")
+    output = run(train_dpo.main, home, tmp_path / "dpo", f"--model_path {tuned}")
+    assert metrics(output)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert sorted(path.name for path in output.glob("**/*.safetensors")) == ["adapter_model.safetensors"]
+    old, new = (load_file(path / "adapter_model.safetensors") for path in (tuned, output))
+    assert old.keys() == new.keys()
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+    with pytest.raises(UserError, match="is an adapter already"):
+        run(train_dpo.main, home, tmp_path / "no", f"--model_path {tuned} --use_lora")
+
+
+def test_a_policy_that_differs_from_its_reference_is_found_under_an_adapter(home, tmp_path, monkeypatch) -> None:
+    """The check must see the policy with its adapter on, or it would compare the reference with itself."""
+    log_probs = train_dpo.PreferenceTrainer._precompute_ref_logps
+
+    def disturb(self, *args):
+        result = log_probs(self, *args)
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.1)
+        return result
+
+    monkeypatch.setattr(train_dpo.PreferenceTrainer, "_precompute_ref_logps", disturb)
+    with pytest.raises(UserError, match="disagree before step 1"):
+        run(train_dpo.main, home, tmp_path / "out", f"--model_path {home}/dense --use_lora")
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("dense", "--lora_target all-linear"),
+        ("moe", "--lora_target all-linear experts"),
+        *(pytest.param(kind, "--use_rslora true", marks=pytest.mark.slow) for kind in ("dense", "moe")),
+        *(pytest.param(kind, "--use_dora true", marks=pytest.mark.slow) for kind in ("dense", "moe")),
+        pytest.param("moe", "--lora_target experts", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_load_on_both_models_and_merge_exactly(home, tmp_path, kind, flags) -> None:
+    """Rectangular projections, fused experts: trained on ours, the same logits on transformers' model and merged."""
+    output = run(train_lora.main, home, tmp_path / "out", f"--base_model {home}/{kind} --lora_r 4 --merge {flags}")
+    config = SmolConfig.from_pretrained(home / kind)
+    logits = {}
+    for name, load in (("theirs", AutoModelForCausalLM.from_pretrained), ("ours", SmolForCausalLM.from_pretrained)):
+        base = load(home / kind, dtype=torch.float32).eval()
+        plain = base(IDS).logits
+        logits[name] = PeftModel.from_pretrained(base, output).eval()(IDS).logits
+        assert (logits[name] - plain).abs().max() > 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged", dtype=torch.float32)
+    logits["merged"] = merged(IDS).logits
+    assert merged.config.model_type == config.native_type()
+    for name in ("ours", "merged"):
+        torch.testing.assert_close(logits[name], logits["theirs"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_adapters_made_on_transformers_models_load_on_ours(home, tmp_path, kind) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_pretrained(home / kind, dtype=torch.float32)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if kind == "moe" else None
+    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "o_proj"], target_parameters=experts)
+    adapted = get_peft_model(theirs, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ours = SmolForCausalLM.from_pretrained(home / kind, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(ours, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(IDS).logits, adapted(IDS).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("main", [train_lora.main, train_dpo.main])
+def test_four_bits_need_a_gpu(home, tmp_path, main, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--qlora needs a CUDA GPU"):
+        run(main, home, tmp_path / "out", f"--model_path {home}/dense --qlora")
+    assert not (tmp_path / "out").exists()
+
+
+LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop
+    sft sigmoid_norm""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_of_trl_makes_a_step(home, tmp_path, loss) -> None:
+    smoothing = "--label_smoothing 0.1" if loss in ("exo_pair", "robust") else ""
+    line = f"--model_path {home}/dense --loss_type {loss} {smoothing} --max_steps 1"
+    output = run(train_dpo.main, home, tmp_path / "out", line)
+    assert math.isfinite(metrics(output)[0])
+    before, after = (load_file(path / "model.safetensors") for path in (home / "dense", output))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_list_of_losses_is_trls() -> None:
+    from trl import DPOConfig
+
+    documented = DPOConfig.__doc__.split("loss_type (`list[str]`")[1].split("loss_weights")[0]
+    assert all(f"`'{loss}'`" in documented for loss in LOSSES)
+    assert documented.count("`'") == len(LOSSES)
