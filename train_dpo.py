@@ -111,7 +111,9 @@ class PreferenceTrainer(ExpertParallelMixin, TrainerMixin, PairLossMixin, DPOTra
     def log_probs(self, model: torch.nn.Module, dataset: Dataset, batch_size: int) -> tuple[list[float], list[float]]:
         """Summed log-probabilities of the chosen and the rejected answer of each pair under `model`."""
         columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-        loader = DataLoader(columns, batch_size=batch_size, collate_fn=self.data_collator)
+        # A loader draws a random number; training's must not depend on whether the results were kept from a former run.
+        own = torch.Generator()
+        loader = DataLoader(columns, batch_size=batch_size, collate_fn=self.data_collator, generator=own)
         results: tuple[list[float], list[float]] = ([], [])
         for batch in self.accelerator.prepare(loader):
             sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))

@@ -241,7 +241,7 @@ def test_signals_finish_the_step_and_save(world, whole, tmp_path) -> None:
     assert results[2]["codes"] == [75, 75]
     assert "after step 2 of 9" in results[2]["output"]
     pairs = zip(rows(whole), rows(tmp_path / "usr1"), strict=True)
-    assert all(one["step"] == other["step"] and one["tokens"] == other["tokens"] for one, other in pairs)
+    assert all((one["step"], one.get("tokens")) == (other["step"], other.get("tokens")) for one, other in pairs)
 
 
 def test_a_second_interrupt_aborts_at_once(monkeypatch) -> None:

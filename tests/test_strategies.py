@@ -177,7 +177,6 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 def assert_equal_runs(two: Path, one: Path, rel: float = 1e-4) -> None:
     """Losses of every step, validation, and the model itself."""
     ours, reference = metrics(two), metrics(one)
-    assert json.loads((two / "run_settings.json").read_text())["world_size"] == 2
     for name in ("loss", "learning_rate", "eval_loss"):  # `tokens` has the padding of a micro-batch
         assert ours[name] == pytest.approx(reference[name], rel=rel), name
     assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=max(rel, 1e-3))
