@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
@@ -270,6 +271,7 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
 def main() -> None:
     report, size, *cases = sys.argv[1:]
     prepare(0)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in smolkit.runs: no compilation on CPUs
     results: dict[str, Any] = {}
     for item in cases:
         strategy, case = item.split(":")
