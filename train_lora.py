@@ -13,21 +13,20 @@ from pathlib import Path
 
 from trl import SFTTrainer
 
-from smolkit.adapters import build_base, check_quantised, lora_config, merged_directory, write_merged
+from smolkit.adapters import Merge, build_base, check_quantised, finish_adapter, lora_config, merged_directory
 from smolkit.arguments import LoraArguments, LoraTrainingArguments, parse
 from smolkit.checkpoints import (
     describe_model,
     model_card,
     resolve_model,
     row_length,
-    save_adapter,
 )
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
 from smolkit.packing import PackedCollator, pack_conversations
 from smolkit.progress import watch
-from smolkit.runs import complete, open_job
+from smolkit.runs import open_job
 from smolkit.runtime import prepare
 from smolkit.shards import tokenized
 from smolkit.training import TokenLossMixin, TrainerMixin
@@ -51,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     adapter = lora_config(stage, config, stage.base_model)
     max_length = row_length(args.max_length, 1024, config, "--max_length")
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.base_model])
-    merged_dir = merged_directory(stage, args.output_dir)
-    merging = (merged_dir, stage.base_model, args.output_dir, config, tokenizer, job.save_dtype)
+    merged = merged_directory(stage, args.output_dir)
+    merge = Merge(merged, stage.base_model, args.output_dir, config, tokenizer, job.save_dtype)
     if job.finished:
-        if merged_dir and args.should_save and not (Path(merged_dir) / "config.json").is_file():
-            write_merged(*merging)
+        if args.should_save:
+            merge.write_if_missing()
         return
     progress = watch(stage, tokenizer, config, chat=True)
 
@@ -95,11 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = {"adapter for": stage.base_model, "rank": stage.lora_r, "steps": trainer.state.global_step}
     if rows.evaluation:
         facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per trained token"
-    save_adapter(trainer, model_card(Path(args.output_dir).name, config, facts))
-    if args.should_save:
-        complete(args, trainer.state.global_step)
-        if merged_dir:
-            write_merged(*merging)
+    finish_adapter(trainer, model_card(Path(args.output_dir).name, config, facts), merge)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -10,8 +12,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.arguments import AdapterArguments
-from smolkit.checkpoints import build_model, model_card, save_final
+from smolkit.checkpoints import build_model, model_card, save_adapter, save_final
 from smolkit.errors import UserError
+from smolkit.runs import complete
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -87,17 +90,36 @@ def merged_directory(stage: AdapterArguments, output_dir: str) -> str | None:
     return stage.merged_dir or (f"{output_dir.rstrip('/')}-merged" if stage.merge else None)
 
 
-def write_merged(
-    directory: str,
-    base: str,
-    adapter: str,
-    config: SmolConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    dtype: torch.dtype,
-) -> None:
-    """Add the adapter to the base weights, in fp32 and from the files: only the final rounding is lost."""
-    model = build_model(config, base, torch.float32)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    card = model_card(Path(directory).name, config, {"base": base, "adapter": adapter})
-    save_final(merged, merged.state_dict(), tokenizer, directory, dtype, card)
-    print(f"merged model in {directory}")
+@dataclass(frozen=True)
+class Merge:
+    """What --merge asks for: a base model with an adapter added to its weights, in `directory`; None asks nothing."""
+
+    directory: str | None
+    base: str
+    adapter: str
+    config: SmolConfig
+    tokenizer: PreTrainedTokenizerFast
+    dtype: torch.dtype
+
+    def write(self) -> None:
+        """Add the adapter in fp32 and from the files: only the final rounding is lost."""
+        if self.directory is None:
+            return
+        model = build_model(self.config, self.base, torch.float32)
+        merged = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+        card = model_card(Path(self.directory).name, self.config, {"base": self.base, "adapter": self.adapter})
+        save_final(merged, merged.state_dict(), self.tokenizer, self.directory, self.dtype, card)
+        print(f"merged model in {self.directory}")
+
+    def write_if_missing(self) -> None:
+        """For a finished run that was asked for it later."""
+        if self.directory is not None and not (Path(self.directory) / "config.json").is_file():
+            self.write()
+
+
+def finish_adapter(trainer: Any, card: str, merge: Merge) -> None:
+    """Write the adapter's directory, mark the run as finished, merge (call it on all processes)."""
+    save_adapter(trainer, card)
+    if trainer.args.should_save:
+        complete(trainer.args, trainer.state.global_step)
+        merge.write()
