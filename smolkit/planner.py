@@ -209,7 +209,9 @@ def _zero(stage: int, width: int, offload: bool = False) -> Callable[[Work], Mem
         tables = work.config.vocab_size * work.config.hidden_size
         # buckets of gradients on their way; from stage 3 on the layers that are gathered for a moment
         passing = (2 * layer + tables) * width if stage == 3 else 0
-        bucket = min(all_trained, ZERO_BUCKET) * width
+        # A GPU's buckets exist whole and twice (overlap_comm); a CPU's memory is touched as far as gradients fill it.
+        size = work.config.hidden_size**2 if stage == 3 else ZERO_BUCKET
+        bucket = (2 * size if work.device == "cuda" else min(all_trained, size)) * width
         if offload:
             return Memory(weights, gradients, 0, 0, 0, passing + bucket, optimizer + fp32_gradients)
         return Memory(weights, gradients, optimizer + fp32_gradients, 0, 0, passing + bucket)
@@ -217,7 +219,9 @@ def _zero(stage: int, width: int, offload: bool = False) -> Callable[[Work], Mem
     return state
 
 
-ZERO_BUCKET = 5 * 10**7  # elements of a bucket, as in accelerate_offload/
+ZERO_BUCKET = (
+    5 * 10**8
+)  # elements of a bucket in accelerate_offload/; "auto" of the ZeRO-3 files is hidden_size squared
 STRATEGIES: tuple[Strategy, ...] = (
     Strategy("ddp", "bf16 weights, fp32 masters (the default)", _replicated(2, 12)),
     Strategy("ddp-fp32", "--weights_dtype fp32", _replicated(4, 8), width=4),
