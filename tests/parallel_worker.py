@@ -133,7 +133,7 @@ def trainer_for(strategy: str, case: str, size: int, output: str, **more: Any) -
     trainer = Recorder(
         model=model,
         args=args,
-        train_dataset=rows(60, case),
+        train_dataset=rows(96, case),
         eval_dataset=rows(5, "capacity"),
         data_collator=PackedCollator(0, mask_padding=True),
         processing_class=tokenizer(),
