@@ -8,7 +8,6 @@ Words are runs of letters and digits; a Chinese, Japanese or Korean character is
 
 import hashlib
 import re
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -75,15 +74,14 @@ class HashSet:
         return True
 
 
-class Filter(ABC):
-    """What every filter does; most remember nothing."""
+class Filter:
+    """The base: judges nothing, remembers nothing."""
 
-    @abstractmethod
     def judge(self, record: dict) -> str | None:
-        """The reason why `record` is unwanted, or None."""
+        raise NotImplementedError
 
-    def remember(self, record: dict) -> None:  # noqa: B027 (not abstract on purpose)
-        """Take note of a record that every filter let pass."""
+    def remember(self, record: dict) -> None:
+        pass
 
 
 class Length(Filter):

@@ -103,7 +103,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast
     rows = [row for row in texts if '"content": " "' not in row] * 3
     data.write_text("\n".join(rows), encoding="utf-8")
     options = ["--vocab_size", "600", "--extra_special_tokens"]
-    train_tokenizer.main(["--mode", "train", "--data_path", str(data), "--save_dir", str(folder / "tok"), *options])
+    train_tokenizer.main(
+        ["--mode", "train", "--data_path", str(data), "--save_dir", str(folder / "tok"), *options]
+    )
     return AutoTokenizer.from_pretrained(folder / "tok")
 
 
@@ -316,12 +318,16 @@ def test_arguments_as_object_or_json_string_render_alike(tokenizer: PreTrainedTo
     assert tokenizer.apply_chat_template(conversation, return_dict=False) == ids[0]
 
 
-def test_template_survives_a_save_and_an_extra_tool_field(trained: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_template_survives_a_save_and_an_extra_tool_field(
+    trained: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     trained.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.chat_template == CHAT_TEMPLATE
     # vLLM hands over tools with every field of its schema, absent ones as None
-    verbose = [{"type": "function", "function": {"description": None, "strict": None, **TOOLS[1]["function"]}}]
+    verbose = [
+        {"type": "function", "function": {"description": None, "strict": None, **TOOLS[1]["function"]}}
+    ]
     assert render(loaded, CONVERSATIONS["user"], verbose) == render(trained, CONVERSATIONS["user"], TOOLS[1:])
 
 
@@ -333,9 +339,13 @@ def test_template_itself_refuses_what_we_refuse(trained: PreTrainedTokenizerFast
         trained.apply_chat_template([{"role": "critic", "content": "x"}])
 
 
-@pytest.mark.parametrize("reply", ["Hi", "\n\nHi", " \n Hi\n", "", "  ", "，好", "\u0301x", "\u3000中文", "\r\na"])
+@pytest.mark.parametrize(
+    "reply", ["Hi", "\n\nHi", " \n Hi\n", "", "  ", "，好", "\u0301x", "\u3000中文", "\r\na"]
+)
 @pytest.mark.parametrize("name", ["user", "whitespace", "tool call"])
-def test_prompt_ids_are_a_prefix_of_prompt_and_reply(tokenizer: PreTrainedTokenizerFast, name: str, reply: str) -> None:
+def test_prompt_ids_are_a_prefix_of_prompt_and_reply(
+    tokenizer: PreTrainedTokenizerFast, name: str, reply: str
+) -> None:
     prompt = render(tokenizer, CONVERSATIONS[name], TOOLS, add_generation_prompt=True)
     whole = render(tokenizer, [*CONVERSATIONS[name], {"role": "assistant", "content": reply}], TOOLS)
     length = len(prompt.input_ids)
@@ -420,7 +430,9 @@ def test_every_noncharacter_at_once_is_refused(trained: PreTrainedTokenizerFast)
     with pytest.raises(UserError, match="all of the noncharacters"):
         render(trained, [{"role": "user", "content": content}])
     some = [{"role": "user", "content": content[:-1] + "<|im_end|>"}]
-    assert trained.decode(render(trained, some).input_ids) == trained.apply_chat_template(some, tokenize=False)
+    assert trained.decode(render(trained, some).input_ids) == trained.apply_chat_template(
+        some, tokenize=False
+    )
 
 
 def test_plain_encoding_equals_the_tokenizers_own_for_ordinary_text(
@@ -492,7 +504,9 @@ def test_nobody_else_renders(root: Path) -> None:
 LONG = [{"role": role, "content": letter} for letter in "abc" for role in ("user", "assistant")]
 
 
-@pytest.mark.parametrize(("limit", "messages"), [(69, 6), (68, 4), (46, 4), (45, 2), (23, 2), (22, None), (1, None)])
+@pytest.mark.parametrize(
+    ("limit", "messages"), [(69, 6), (68, 4), (46, 4), (45, 2), (23, 2), (22, None), (1, None)]
+)
 def test_long_conversations_lose_their_end(
     byte_tokenizer: PreTrainedTokenizerFast, limit: int, messages: int | None
 ) -> None:
@@ -554,7 +568,9 @@ def test_space_swallowing_tokens_match_the_tokenizer(byte_tokenizer: PreTrainedT
     byte_tokenizer.add_tokens([AddedToken("<|sep|>", rstrip=True, lstrip=True, normalized=False)])
     byte_tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' <|sep|>\n next' }}{% endfor %}"
     turns = CONVERSATIONS["user"]
-    assert render(byte_tokenizer, turns).input_ids == byte_tokenizer.apply_chat_template(turns, return_dict=False)
+    assert render(byte_tokenizer, turns).input_ids == byte_tokenizer.apply_chat_template(
+        turns, return_dict=False
+    )
 
 
 def test_chat_tokens_on_an_existing_tokenizer(qwen_dir: Path) -> None:
@@ -562,7 +578,10 @@ def test_chat_tokens_on_an_existing_tokenizer(qwen_dir: Path) -> None:
     kept = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"])
     assert add_chat_tokens(tokenizer, ["<file_sep>"]) == 3  # <tool_response>, </tool_response>, <file_sep>
     assert add_chat_tokens(tokenizer, ["<file_sep>"]) == 0
-    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"]) == kept
+    assert (
+        tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"])
+        == kept
+    )
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
     assert chat_stop_ids(tokenizer) == [151645, 151643]
     ids = tokenizer("<tool_call><file_sep>")["input_ids"]

@@ -139,7 +139,9 @@ def test_parquet_equals_jsonl(tmp_path: Path) -> None:
     made = {"p": [PRETRAIN] * 600, "s": [SFT] * 3, "d": [DPO] * 3}
     for name, read in (("p", read_pretrain), ("s", read_sft), ("d", read_dpo)):
         parquet.write_table(pyarrow.Table.from_pylist(made[name]), tmp_path / f"{name}.parquet")
-        assert list(read(tmp_path / f"{name}.parquet")) == list(read(write(tmp_path / f"{name}.jsonl", *made[name])))
+        assert list(read(tmp_path / f"{name}.parquet")) == list(
+            read(write(tmp_path / f"{name}.jsonl", *made[name]))
+        )
 
 
 def test_texts_of_every_kind(tmp_path: Path) -> None:
@@ -176,7 +178,9 @@ def test_text_separator_lines_end_documents(tmp_path: Path) -> None:
     assert [row["text"] for row in read_pretrain(path)] == ["one\n\nstill one\n", "two\n"]
 
 
-def test_long_text_is_cut_at_blank_lines_then_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_text_is_cut_at_blank_lines_then_at_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows, "TEXT_DOCUMENT_CHARACTERS", 20)
     path = write(tmp_path / "a.txt", "a" * 12, "", "b" * 12, "b", "", "c", "", *["d" * 30] * 5)
     texts = [row["text"] for row in read_pretrain(path)]
@@ -365,5 +369,7 @@ def test_real_samples_read_whole(samples: Path) -> None:
     assert sum(1 for _ in read_dpo(samples / "infinity_preference")) == 200
     articles = [row["text"] for row in read_pretrain(samples / "wikitext2" / "valid.txt")]
     assert "".join(articles) == (samples / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match=r"train\.jsonl:1: field 'text' is missing — the row has 'question', 'answer'"):
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:1: field 'text' is missing — the row has 'question', 'answer'"
+    ):
         next(read_pretrain(samples / "gsm8k"))

@@ -79,7 +79,9 @@ def test_entries_and_control_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     )
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.chat_template == CHAT_TEMPLATE
-    words = "<|endoftext|> <|im_start|> <|im_end|> <repo_name> <file_sep> <filename> <jupyter_start> <tool_call>"
+    words = (
+        "<|endoftext|> <|im_start|> <|im_end|> <repo_name> <file_sep> <filename> <jupyter_start> <tool_call>"
+    )
     assert [len(tokenizer(word)["input_ids"]) for word in words.split()] == [1] * 8
     visible = tokenizer.decode(tokenizer(words)["input_ids"], skip_special_tokens=True)
     assert visible.split() == ["<tool_call>"]
@@ -114,7 +116,9 @@ def test_digits_and_chinese_characters_stand_alone(data: Path, tmp_path: Path) -
     entries = [joined.decode([i]) for i in range(len(joined))]
     assert any(len(entry) in (2, 3) and entry.isdigit() for entry in entries)
     assert not any(len(entry) > 3 and entry.isdigit() for entry in entries)
-    assert any(len(entry) > 1 and all("\u4e00" <= letter <= "\u9fff" for letter in entry) for entry in entries)
+    assert any(
+        len(entry) > 1 and all("\u4e00" <= letter <= "\u9fff" for letter in entry) for entry in entries
+    )
 
 
 def test_encoding_needs_no_rule_for_chinese(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -211,7 +215,9 @@ def test_training_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_pattern_is_qwen2s(tokenizer: PreTrainedTokenizerFast, samples: Path) -> None:
     qwen = AutoTokenizer.from_pretrained(samples / "qwen2.5_tokenizer").backend_tokenizer
     text = "It's 2024: don't\r\n\r\n  x+=1;  你好，世界！ naïve １２ \t end "
-    assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) == qwen.pre_tokenizer.pre_tokenize_str(text)
+    assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(
+        text
+    ) == qwen.pre_tokenizer.pre_tokenize_str(text)
 
 
 def test_same_data_and_flags_give_the_same_bytes(

@@ -88,7 +88,9 @@ def _expand(entry: str, suffixes: tuple[str, ...]) -> list[Path]:
     matches = []
     for file in files:
         inner = file.relative_to(root).parts
-        skipped = (VALIDATION in inner and not named) or any(part.startswith(".") and part != ".." for part in inner)
+        skipped = (VALIDATION in inner and not named) or any(
+            part.startswith(".") and part != ".." for part in inner
+        )
         if file.suffix in suffixes and not skipped and file.is_file():
             matches.append(file)
     if not matches:
@@ -170,7 +172,9 @@ def raw_rows(path: Path) -> Iterator[tuple[int, Row | Finding]]:
     """(line or row number from 1, the row as read or the problem with reading it); blank lines are no rows."""
     readers = {".jsonl": _jsonl_rows, ".txt": _text_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
-        raise UserError(f"{path}: unsupported file type {path.suffix or '(none)'} — expected {', '.join(readers)}")
+        raise UserError(
+            f"{path}: unsupported file type {path.suffix or '(none)'} — expected {', '.join(readers)}"
+        )
     try:
         yield from readers[path.suffix](path)
     except OSError as error:
@@ -252,7 +256,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Finding]]:
                     yield number, row
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: unreadable parquet after row {number}: {reason} — fetch the file again") from error
+        raise UserError(
+            f"{path}: unreadable parquet after row {number}: {reason} — fetch the file again"
+        ) from error
 
 
 # --- judging rows -------------------------------------------------------------------------------------------
