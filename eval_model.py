@@ -89,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_exam(args: argparse.Namespace, model, tokenizer, items: list[dict], output_dir: Path) -> dict:
-    generate = evaluation.generate_with(model, tokenizer, args.max_new_tokens, args.batch_size)
+    generate = evaluation.decoding_of(model)(model, tokenizer, args.max_new_tokens, args.batch_size)
     answers = evaluation.take_exam(items, tokenizer, generate)
     metrics = evaluation.exam_metrics(items, answers)
     if args.compare_with:
@@ -107,7 +107,7 @@ def run_exam(args: argparse.Namespace, model, tokenizer, items: list[dict], outp
 def run_preferences(args: argparse.Namespace, model, tokenizer, pairs: list[dict], output_dir: Path) -> dict:
     metrics = evaluation.preference_metrics(model, tokenizer, pairs)
     limits = (args.max_new_tokens, args.batch_size)
-    generate = evaluation.generate_with(model, tokenizer, *limits, args.temperature, args.seed)
+    generate = evaluation.decoding_of(model)(model, tokenizer, *limits, args.temperature, args.seed)
     quality, samples = evaluation.preferred_quality(tokenizer, pairs, generate)
     if samples:
         write_rows(output_dir / "samples.jsonl", samples)

@@ -215,17 +215,9 @@ def read_answers(path: Path) -> list[tuple[str, list[int]]]:
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
-def generate_with(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    batch_size: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Generate:
-    """Decoding by our engine for our model, by transformers' own `generate` for theirs; greedy by default."""
-    decode = engine_generate if isinstance(model, SmolForCausalLM) else transformers_generate
-    return decode(model, tokenizer, max_new_tokens, batch_size, temperature, seed)
+def decoding_of(model: PreTrainedModel) -> Callable[..., Generate]:
+    """Who decodes for a model: our engine for ours, transformers' own `generate` for theirs."""
+    return engine_generate if isinstance(model, SmolForCausalLM) else transformers_generate
 
 
 def engine_generate(

@@ -8,6 +8,7 @@ Words are runs of letters and digits; a Chinese, Japanese or Korean character is
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,14 +75,15 @@ class HashSet:
         return True
 
 
-class Filter:
-    """The base: judges nothing, remembers nothing."""
+class Filter(ABC):
+    """What every filter does; most remember nothing."""
 
+    @abstractmethod
     def judge(self, record: dict) -> str | None:
-        raise NotImplementedError
+        """The reason why `record` is unwanted, or None."""
 
-    def remember(self, record: dict) -> None:
-        pass
+    def remember(self, record: dict) -> None:  # noqa: B027 (not abstract on purpose)
+        """Take note of a record that every filter let pass."""
 
 
 class Length(Filter):

@@ -47,10 +47,10 @@ def load_reference(file: Path, count: int) -> tuple[list[float], list[float]] | 
     or of another size."""
     try:
         arrays = load_file(file)
-        sides = tuple(arrays[side].tolist() for side in SIDES)
+        chosen, rejected = (arrays[side].tolist() for side in SIDES)
     except (OSError, SafetensorError, KeyError):
         return None
-    return sides if all(len(side) == count for side in sides) else None  # type: ignore[return-value]
+    return (chosen, rejected) if len(chosen) == len(rejected) == count else None
 
 
 def save_reference(file: Path, sides: tuple[list[float], list[float]]) -> bool:
