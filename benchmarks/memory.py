@@ -90,7 +90,7 @@ def worker(model: str, strategy: str, output: str) -> None:
         disable_tqdm=True,
         **engine_arguments(strategy),
     )
-    args.device  # noqa: B018 (opens the process group)
+    _ = args.device  # reading it opens the process group
     tokens = torch.randint(0, config.vocab_size, (64, length), generator=torch.Generator().manual_seed(0))
     ids, positions = tokens.int().tolist(), [list(range(length))] * len(tokens)
     data = Dataset.from_dict({"input_ids": ids, "labels": ids, "position_ids": positions})
