@@ -601,7 +601,7 @@ def one_query_attention(
     (B, H, _, Dh), K = query.shape, key.shape[1]
     query = query.view(B, K, H // K, Dh)
     mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=kwargs["scaling"])
-    return mixed.view(B, 1, H, Dh), None
+    return mixed.reshape(B, 1, H, Dh), None
 
 
 class Attention(nn.Module):

@@ -24,7 +24,9 @@ from smol_model import (
     by_position,
     combine,
     dispatch,
+    one_query_attention,
     rms_norm,
+    turn,
 )
 
 COLUMN_BLOCK = 32
@@ -123,9 +125,7 @@ class _Layer:
         turned = states[:, : self.H + self.K]
         if self.head_norm is not None:
             turned.copy_(rms_norm(turned, self.head_norm, self.eps))
-        cos, sin = rotation  # (N, 1, Dh)
-        swapped = turned.roll(self.Dh // 2, dims=-1)
-        turned.mul_(cos).addcmul_(swapped, sin)
+        turn(turned, *rotation, out=turned)
         return states
 
     def rest(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -155,6 +155,11 @@ class SparseExperts:
         plan = dispatch(chosen, self.count, None, None)
         rows = self.experts(x.index_select(0, plan.order % len(x)), plan.ends)
         return combine(rows, weights, plan).to(x.dtype)
+
+
+def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention of one query per row, (R, H, Dh), to keys and values (R, K, S, Dh) -> (R, H * Dh)."""
+    return one_query_attention(None, query.unsqueeze(2), key, value, mask, scaling=scaling)[0].flatten(1)
 
 
 class Decoder:
@@ -201,8 +206,8 @@ class Decoder:
             states[0], states[1] = key, value
             key, value = states  # side by side in memory, as products want them
             if layer is self.layers[-1]:  # of which only the last token of each row is wanted
-                mixed = self.attend_last(flat[last, : layer.H], key, value, self.mask(lengths, T), layer.scaling)
-                return self.logits(layer.rest(x[last], mixed.reshape(R, -1)))
+                mixed = attend_once(flat[last, : layer.H], key, value, self.mask(lengths, T), layer.scaling)
+                return self.logits(layer.rest(x[last], mixed))
             x = layer.rest(x, self.attend(query, key, value, layer.scaling).reshape(R * T, -1))
         raise AssertionError("a model without layers")
 
@@ -230,17 +235,8 @@ class Decoder:
             heads = layer.heads(x, rotation)  # (R, H + 2K, Dh)
             states[:, row, :, positions] = heads[:, layer.H :].view(R, 2, layer.K, layer.Dh)
             key, value = states[0, :R, :, :width], states[1, :R, :, :width]
-            mixed = self.attend_last(heads[:, : layer.H], key, value, mask, layer.scaling)
-            x = layer.rest(x, mixed.reshape(R, -1))
+            x = layer.rest(x, attend_once(heads[:, : layer.H], key, value, mask, layer.scaling))
         return self.logits(x)
-
-    def attend_last(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-        """Attention of one query per row, (R, H, Dh), to keys (R, K, S, Dh) -> (R, K, G, Dh).
-
-        The query heads of a key head go in as if they were positions: a third of the time of repeating the keys.
-        """
-        query = query.view(len(query), key.shape[1], -1, key.shape[-1])
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
 
     def mask(self, lengths: Tensor, width: int) -> Tensor:
         """(R, 1, 1, width), additive: the first `lengths` columns of each row are visible."""
