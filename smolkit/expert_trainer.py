@@ -13,7 +13,6 @@ from smol_model import SmolForCausalLM
 from smolkit import parallel
 from smolkit.errors import UserError
 from smolkit.files import write_json
-from smolkit.optimizer import MasterAdamW
 
 PLACEMENT_FILE = "expert_parallel.json"  # in a checkpoint: its optimizer state is kept by name, for any placement
 
@@ -42,37 +41,26 @@ class ExpertParallelMixin:
     # optimizer
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Groups of their own for the experts: DeepSpeed wants them, and FSDP2 has them on another mesh."""
-        if self.experts is None or self.optimizer is not None:
-            return super().create_optimizer(model)
         model = self.model if model is None else model
-        decayed, experts = set(self.get_decay_parameter_names(model)), parallel.expert_parameters(model)
-        groups = []
-        for expert in (False, True):
-            for decay in (True, False):
-                chosen = [
-                    p
-                    for name, p in model.named_parameters()
-                    if p.requires_grad and (p in experts) == expert and (name in decayed) == decay
-                ]
-                group = {"params": chosen, "weight_decay": self.args.weight_decay if decay else 0.0}
-                group |= {"moe": True, "name": f"ep_size_{self.experts.size}"} if expert else {"name": "shared"}
-                if chosen:
-                    groups.append(group)
-        masters = any(p.dtype != torch.float32 for group in groups for p in group["params"])
-        if masters and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            kind, settings = (
-                MasterAdamW,
-                {
-                    "lr": self.args.learning_rate,
-                    "betas": (self.args.adam_beta1, self.args.adam_beta2),
-                    "eps": self.args.adam_epsilon,
-                },
-            )
-        else:
-            kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = kind(groups, **settings)
+        if self.experts is None or self.optimizer is not None or self.wants_masters(model):
+            return super().create_optimizer(model)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = kind(self.parameter_groups(model), **settings)
         return self.optimizer
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Groups of their own for the experts: DeepSpeed wants them, and FSDP2 has them on another mesh."""
+        groups = super().parameter_groups(model)
+        if self.experts is None:
+            return groups
+        experts = parallel.expert_parameters(model)
+        marks = ((False, {"name": "shared"}), (True, {"moe": True, "name": f"ep_size_{self.experts.size}"}))
+        split = [
+            {**group, **mark, "params": [p for p in group["params"] if (p in experts) == expert]}
+            for expert, mark in marks
+            for group in groups
+        ]
+        return [group for group in split if group["params"]]
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The first step after DeepSpeed took the model over: it needs to know of experts no longer.
@@ -87,8 +75,7 @@ class ExpertParallelMixin:
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.experts is not None and not sharded and self.accelerator.sync_gradients:
+        if self.experts is not None and not self.is_sharded_by_engine() and self.accelerator.sync_gradients:
             parallel.reduce_gradients(self.model)
         return loss
 

@@ -249,7 +249,7 @@ class PersistenceMixin:
     def _load_best_model(self) -> None:
         """--load_best_model_at_end: the masters, too, which the final weights are cast from."""
         self.finish_saving()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded_by_engine():
             return super()._load_best_model()
         best = self.state.best_model_checkpoint
         self._load_from_checkpoint(best)

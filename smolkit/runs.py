@@ -219,13 +219,11 @@ def run_settings(
     stage: StageArguments, args: TrainingArguments, inputs: Iterable[str | Path], **more: Any
 ) -> dict[str, Any]:
     """What determines the result of a run: arguments that matter, and a fingerprint of every input file."""
-    ignored = (
-        """
+    ignored = """
         config max_eval_rows resume threads data_cache_dir num_proc save_dtype merge merged_dir output_dir
         eval_data_path attn_implementation sample_prompts sample_tokens peak_tflops expert_parallel_size
     """.split()
-        + [item.name for item in fields(PlanArguments)]
-    )
+    ignored += [item.name for item in fields(PlanArguments)]
     kept = """
         learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1
         adam_beta2 adam_epsilon max_grad_norm max_steps num_train_epochs seed data_seed optim bf16 fp16
@@ -237,16 +235,11 @@ def run_settings(
     settings |= {name: getattr(value, "value", value) for name, value in values.items()}
     settings |= more
     layout = (args.world_size, args.train_batch_size, args.gradient_accumulation_steps)
-    settings |= {"global_batch_size": math.prod(layout), "layout": layout, "engine": engine_of(args)}
+    settings |= {"global_batch_size": math.prod(layout), "layout": layout}
     if args.resume_from_checkpoint:
         settings["branched_from"] = str(Path(args.resume_from_checkpoint).resolve())
     settings["inputs"] = {str(path): fingerprint(path) for path in inputs}
     return json.loads(json.dumps(settings))
-
-
-def engine_of(args: TrainingArguments) -> str:
-    """Who holds weights and optimizer, which is how they lie in a checkpoint."""
-    return "deepspeed" if args.deepspeed_plugin else "fsdp" if args.fsdp_plugin_args else "whole"
 
 
 def fingerprint(path: str | Path) -> str:
@@ -368,7 +361,7 @@ def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> li
     if before["layout"] == now["layout"]:
         return []
     old, new = (f"{world} x {size} x {steps}" for world, size, steps in (before["layout"], now["layout"]))
-    if now["engine"] == "deepspeed" and before["layout"][0] != now["layout"][0]:
+    if (now["strategy"] or "").startswith("DeepSpeed") and before["layout"][0] != now["layout"][0]:
         raise UserError(
             f"{directory} was trained by {before['layout'][0]} processes, which DeepSpeed splits checkpoints over; "
             f"continue with as many, not {now['layout'][0]}"

@@ -67,25 +67,29 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """fp32 masters for weights that are not fp32; else the library's choice."""
         model = self.model if model is None else model
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        plain = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.optimizer is not None
-        if plain or all(p.dtype == torch.float32 for p in trainable):
+        if self.optimizer is not None or not self.wants_masters(model):
             return super().create_optimizer(model)
-        decayed = set(self.get_decay_parameter_names(model))  # not norms, not biases
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.optimizer = MasterAdamW(
-            [
-                {"params": [p for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
-                {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-            ],
-            lr=self.args.learning_rate,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
-        )
+        betas = (self.args.adam_beta1, self.args.adam_beta2)
+        rate, eps = self.args.learning_rate, self.args.adam_epsilon
+        self.optimizer = MasterAdamW(self.parameter_groups(model), lr=rate, betas=betas, eps=eps)
         # Its state lies beside the weights. accelerate would place it by loading a copy of all of it: 12 bytes a
         # parameter twice, on a GPU in the worst moment.
         self.accelerator.prepare_optimizer = partial(_prepare_in_place, self.accelerator.prepare_optimizer)
         return self.optimizer
+
+    def wants_masters(self, model: torch.nn.Module) -> bool:
+        """Whether weights are kept twice: narrow to compute with, fp32 to add updates to (engines have their own)."""
+        trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        return not self.is_sharded_by_engine() and any(p.dtype != torch.float32 for p in trainable)
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Trained parameters with weight decay, and those without: norms and biases."""
+        decayed = set(self.get_decay_parameter_names(model))
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return [
+            {"params": [p for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+        ]
 
     def master_optimizer(self) -> MasterAdamW | None:
         """The optimizer with the fp32 masters, out of accelerate's wrapper; None when there is none."""
@@ -182,9 +186,13 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
                     return logs
         return self.evaluate()
 
+    def is_sharded_by_engine(self) -> bool:
+        """Whether DeepSpeed or FSDP holds weights and optimizer."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
     def is_sharded(self) -> bool:
         """Whether the weights may lie in parts on several processes."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.is_sharded_by_engine()
 
     def whole_model(self, model: torch.nn.Module) -> torch.nn.Module | None:
         """The model to sample from, on the main process; None on the others. Call it on all processes (it gathers)."""
