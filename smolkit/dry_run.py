@@ -30,6 +30,7 @@ from smolkit.doctor import (
 )
 from smolkit.errors import UserError
 from smolkit.planner import GB, Work, amount, short
+from smolkit.runs import sharding_engine
 from smolkit.runtime import has_accelerator, supports_bf16
 
 SAMPLE_ROWS = 200  # looked at in each file
@@ -318,7 +319,7 @@ def asked_strategy(args: TrainingArguments, stage: StageArguments) -> str:
         engine = args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         offload = engine.get("offload_optimizer", {}).get("device", "none") != "none"
         return f"zero-{engine.get('stage', 0)}" + "-offload" * offload
-    if args.fsdp_plugin_args:
+    if sharding_engine(args):  # FSDP, by a flag or by accelerate's launcher
         return "fsdp2"
     if args.mixed_precision != "no":
         return "ddp-autocast"
