@@ -34,6 +34,7 @@ from smolkit.manifest import (
     problem,
     step_of,
 )
+from smolkit.parallel import fsdp_version
 from smolkit.run_report import REPORT_FILES, RUN_FILES, write_report
 from smolkit.runtime import compute_dtype
 from smolkit.shards import checksum, token_store
@@ -157,11 +158,8 @@ def sharding_engine(args: TrainingArguments) -> str | None:
             device = zero.get(key, {}).get("device", "none")
             name += f", {part} on {device}" if device != "none" else ""
         return name
-    if args.fsdp_plugin_args:
-        return f"FSDP{args.fsdp_plugin_args['fsdp_version']}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate launch: not in the arguments
-        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
-    return None
+    version = fsdp_version(args)
+    return f"FSDP{version}" if version else None
 
 
 def check_disk_offload(args: TrainingArguments) -> None:
