@@ -21,6 +21,7 @@ from smolkit.charts import LEFT, RIGHT, Panel, number, panels, svg, thin, write_
 from smolkit.diagnosis import Diagnosis, Setting, diagnose, series
 from smolkit.errors import UserError, run
 from smolkit.files import atomic_writer, write_json
+from smolkit.manifest import checkpoints
 from smolkit.report import read_rows
 
 METRICS, TIMING, SAMPLES = RUN_FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")  # rows by step
@@ -55,8 +56,7 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{directory / METRICS}: no rows; the training scripts write them every --logging_steps")
     settings = _json(directory / "run_settings.json")
     # The final files, or those of the newest checkpoint while the run is on its way.
-    checkpoints = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    places = [directory, *reversed(checkpoints)]
+    places = [directory, *reversed(checkpoints(directory))]
     config = next(filter(None, (_json(place / "config.json") for place in places)), {})
     arguments = next(filter(None, (_json(place / "training_arguments.json") for place in places)), {})
     losses = arguments.get("loss_type") or ["sigmoid"]
