@@ -3,8 +3,8 @@
 `SmolForCausalLM.forward` serves every caller: training, transformers' `generate`, packed rows. A decode step of a small
 model spends more time on that generality (modules, autograd functions, masks, cache objects) and on rearranging weights
 than on arithmetic. Here the projections that read the same input are one matrix, weights lie as the matrix kernel wants
-them, and a step is about twenty operations per layer. SmolLM2-135M in bf16 on two cores: 1.5 times the tokens per
-second of transformers' `generate` with one stream, 1.9 times with sixteen (`python -m benchmarks.generate`).
+them, and a step is about twenty operations per layer. SmolLM2-135M in bf16 on two cores: 1.8 times the tokens per
+second of transformers' `generate` with one stream, 2.2 times with sixteen (`python -m benchmarks.generate`).
 
 The operations and their order are those of the model, so greedy answers are the same.
 """
