@@ -58,3 +58,13 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
         return result
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases marked `gpu` say that they did not run, where they cannot."""
+    from torch.cuda import is_available  # here, so that collecting a room without torch stays fast
+
+    if not is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
