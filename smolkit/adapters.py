@@ -14,7 +14,7 @@ from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.arguments import AdapterArguments
 from smolkit.checkpoints import build_model, model_card, save_adapter, save_final
 from smolkit.errors import UserError
-from smolkit.runs import complete
+from smolkit.runs import complete, leave
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -123,3 +123,4 @@ def finish_adapter(trainer: Any, card: str, merge: Merge) -> None:
     if trainer.args.should_save:
         complete(trainer.args, trainer.state.global_step)
         merge.write()
+    leave(trainer)

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from smolkit.errors import STOPPED, Interrupted, UserError
+from smolkit.runs import leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's warning (--signal=USR1@300)
 ECHO = 2.0  # seconds in which a second Ctrl-C is the launcher passing on the first
@@ -131,6 +132,7 @@ class GuardMixin:
             return  # at the last step there is only the end left to do
         self.finish_saving()
         self.callback_handler.on_train_end(self.args, self.state, self.control)
+        leave(self)
         raise Interrupted(
             f"stopped by {signal.Signals(self.stopping).name} after step {self.state.global_step} of "
             f"{self.state.max_steps} and saved in {self.args.output_dir} (exit code {STOPPED}); the same command "

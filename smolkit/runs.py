@@ -149,6 +149,16 @@ def complete(args: TrainingArguments, step: int) -> None:
     write_json(directory / COMPLETE_FILE, {"step": step})
 
 
+def leave(trainer: Any) -> None:
+    """Wait for all processes and end their group, the last thing a run does (call it on all of them).
+
+    Left to the interpreter's end, a thread of gloo's that still gives back a tensor aborts the process (seen once, as
+    "terminate called without an active exception" after everything had been written).
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
 def sharding_engine(args: TrainingArguments) -> str | None:
     """What divides weights or optimizer state among processes; None under DDP and with one process."""
     if args.deepspeed_plugin:

@@ -25,7 +25,7 @@ from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
 from smolkit.persistence import PersistenceMixin
 from smolkit.progress import Progress
-from smolkit.runs import complete
+from smolkit.runs import complete, leave
 from smolkit.tokenizer import token_bytes
 
 DEAD = 0.1  # an expert with less than this part of an equal share of a micro-batch learns next to nothing
@@ -329,6 +329,12 @@ def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
 
 
 def finish(trainer: TrainerMixin, dtype: torch.dtype, card: str) -> None:
+    """End a run: its final directory, then the process group (call it on all processes)."""
+    write_final(trainer, dtype, card)
+    leave(trainer)
+
+
+def write_final(trainer: TrainerMixin, dtype: torch.dtype, card: str) -> None:
     """Write the complete final directory and mark the run as finished (weights on the main process only)."""
     state = final_weights(trainer)
     if trainer.args.should_save:

@@ -26,7 +26,7 @@ from smolkit.arguments import PretrainTrainingArguments
 from smolkit.errors import UserError
 from smolkit.packing import PackedCollator
 from smolkit.runtime import prepare
-from smolkit.training import final_weights, finish
+from smolkit.training import final_weights, write_final
 from train_pretrain import PretrainTrainer
 
 SHAPE = dict(
@@ -226,7 +226,7 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
     whole = trainer_for(strategy, "resume", size, f"{output}/run", **saving)
     whole.train()
     expected, checkpoint = final_weights(whole), f"{output}/run/checkpoint-2"
-    finish(whole, torch.float32, "card")
+    write_final(whole, torch.float32, "card")
 
     again = trainer_for(strategy, "resume", size, f"{output}/again")
     again.train(resume_from_checkpoint=checkpoint)
@@ -281,6 +281,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             Path(report).write_text(json.dumps(results))
     dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
