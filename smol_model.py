@@ -20,6 +20,7 @@ Shapes
     V vocabulary   N = B * T tokens of a micro-batch   M = k * N routed slots   R >= M rows of all experts
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -604,6 +605,32 @@ def one_query_attention(
     return mixed.reshape(B, 1, H, Dh), None
 
 
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of packed rows, document by document, by the flash kernel that torch brings (CUDA, 16 bits).
+
+    With a mask of documents "sdpa" would compute whole rows by a slower kernel. cu_seq_lens_q, max_length_q: see
+    `document_bounds`.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # not there in every torch that this file imports with
+
+    B, H, T, Dh = query.shape
+    query, key, value = (heads.transpose(1, 2).reshape(B * T, -1, Dh) for heads in (query, key, value))
+    # torch 2.11 takes fewer key heads than query heads without being told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    bounds = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    mixed = varlen_attn(query, key, value, *bounds, scale=kwargs["scaling"], window_size=(-1, 0), **grouped)
+    return mixed.view(B, T, H, Dh), None
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention (arXiv:2305.13245) with rotary positions."""
 
@@ -1073,13 +1100,19 @@ class SmolModel(SmolPreTrainedModel):
         (B, T, _), device, implementation = x.shape, x.device.type, self.config._attn_implementation
         if isinstance(past_key_values, DynamicCache) and not seen:
             past_key_values = None  # an empty cache changes nothing, but would switch packing detection off
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dropout = self.training and self.config.attention_dropout
         bounds, flash = {}, implementation.startswith("flash")
+        varlen = implementation == "sdpa" and device == "cuda" and dtype.itemsize == 2 and not dropout
+        varlen = varlen and self.config.head_dim % 8 == 0 and self.config.head_dim <= 256  # what the kernel takes
         masked = attention_mask is not None and attention_mask.dim() == 2
-        if position_ids is not None and past_key_values is None and (masked or (flash and B > 1)):
+        if position_ids is not None and past_key_values is None and (masked or varlen or (flash and B > 1)):
             starts = F.pad(position_ids.diff() != 1, (1, 0)).expand(B, T)
             if starts.any():
                 attention_mask = None  # packed: the positions of padding make it a document of its own
-                bounds = document_bounds(starts) if flash else {}
+                bounds = document_bounds(starts) if flash or varlen else {}
+        if varlen and bounds:
+            return varlen_attention, None, bounds
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -1088,9 +1121,7 @@ class SmolModel(SmolPreTrainedModel):
             position_ids=position_ids,
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         short = 1 < T <= CPU_BLOCK_LENGTH and (mask is None or mask.shape[-1] == T)
-        dropout = self.training and self.config.attention_dropout
         if implementation == "sdpa" and device == "cpu" and dtype == torch.bfloat16 and short and not dropout:
             attend = block_attention
             if mask is not None:
@@ -1132,41 +1163,71 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
-        with_hidden, with_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
-        elements = LOSS_ELEMENTS.get(hidden.device.type, LOSS_ELEMENTS["else"])
-        chunk = max(1, elements // len(weight))
-        block = max(chunk, LOSS_BLOCK_ELEMENTS // len(weight), weight.shape[1] * 4 // weight.element_size())
-        trained = int((labels != -100).sum())
-        # A multiple of 32 rows, by ignored ones: a product of 1,022 rows takes up to 1.3 times as long as one of 1,024.
-        tokens = (labels == -100).sort(stable=True).indices[: -(-trained // 32) * 32]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if with_hidden else None
-        grad_weight = None
-        for picked in tokens.split(-(-block // 32) * 32):
-            part, target = hidden.index_select(0, picked), labels.index_select(0, picked)[:, None]
-            logits, real = part @ weight.t(), min(len(picked), trained)  # (block, V)
-            for rows, label in zip(logits[:real].split(chunk), target[:real].split(chunk), strict=True):
-                log_probs = F.log_softmax(rows, dim=-1, dtype=torch.float32)  # (chunk, V)
-                loss -= log_probs.gather(1, label).sum()
-                if with_hidden or with_weight:
-                    minus_one = torch.full_like(label, -1, dtype=torch.float32)
-                    rows.copy_(log_probs.exp_().scatter_add_(1, label, minus_one))
-            logits[real:] = 0.0
-            trained -= real
-            if with_hidden:
-                grad_hidden.index_copy_(0, picked, logits @ weight)
-            if with_weight:
-                product = logits.t() @ part
-                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
-        if with_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight)  # no label at all: a zero gradient, not None
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        work = loss_of_all_tokens if torch.compiler.is_compiling() else loss_of_trained_tokens
+        loss, *gradients = work(hidden, weight, labels, *(with_gradient and need for need in ctx.needs_input_grad[:2]))
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         scaled = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return *scaled, None, None
+
+
+def loss_of_trained_tokens(
+    hidden: Tensor, weight: Tensor, labels: Tensor, with_hidden: bool, with_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss and gradients of hidden (N, D), weight (V, D); labels (N,). Ignored tokens cost nothing."""
+    chunk = max(1, LOSS_ELEMENTS.get(hidden.device.type, LOSS_ELEMENTS["else"]) // len(weight))
+    block = max(chunk, LOSS_BLOCK_ELEMENTS // len(weight), weight.shape[1] * 4 // weight.element_size())
+    trained = int((labels != -100).sum())
+    # A multiple of 32 rows, by ignored ones: a product of 1,022 rows takes up to 1.3 times as long as one of 1,024.
+    tokens = (labels == -100).sort(stable=True).indices[: -(-trained // 32) * 32]
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.zeros_like(hidden) if with_hidden else None
+    grad_weight = None
+    for picked in tokens.split(-(-block // 32) * 32):
+        part, target = hidden.index_select(0, picked), labels.index_select(0, picked)[:, None]
+        logits, real = part @ weight.t(), min(len(picked), trained)  # (block, V)
+        for rows, label in zip(logits[:real].split(chunk), target[:real].split(chunk), strict=True):
+            log_probs = F.log_softmax(rows, dim=-1, dtype=torch.float32)  # (chunk, V)
+            loss -= log_probs.gather(1, label).sum()
+            if with_hidden or with_weight:
+                minus_one = torch.full_like(label, -1, dtype=torch.float32)
+                rows.copy_(log_probs.exp_().scatter_add_(1, label, minus_one))
+        logits[real:] = 0.0
+        trained -= real
+        if with_hidden:
+            grad_hidden.index_copy_(0, picked, logits @ weight)
+        if with_weight:
+            product = logits.t() @ part
+            grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+    if with_weight and grad_weight is None:
+        grad_weight = torch.zeros_like(weight)  # no label at all: a zero gradient, not None
+    return loss, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def loss_of_all_tokens(
+    hidden: Tensor, weight: Tensor, labels: Tensor, with_hidden: bool, with_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same for a compiler: nothing waits to count labels and nothing is in place, so that the softmax of a block
+    and its gradient become one kernel that reads and writes logits in the dtype of the weights."""
+    block = max(LOSS_ELEMENTS["else"] // len(weight) // 128 * 128, 128)
+    losses, grads_hidden, grad_weight = [], [], None
+    for part, label in zip(hidden.split(block), labels[:, None].split(block), strict=True):
+        logits, known = part @ weight.t(), label != -100  # (block, V), (block, 1)
+        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        losses.append((log_probs.gather(1, label.clamp(min=0)) * known).sum())
+        if with_hidden or with_weight:
+            chosen = label == torch.arange(len(weight), device=label.device)
+            grad = ((log_probs.exp() - chosen.float()) * known).to(logits.dtype)
+        if with_hidden:
+            grads_hidden.append(grad @ weight)
+        if with_weight:
+            product = grad.t() @ part
+            grad_weight = product if grad_weight is None else grad_weight.float() + product
+    grad_hidden = torch.cat(grads_hidden) if with_hidden else None
+    return -torch.stack(losses).sum(), grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 
 class LMHead(nn.Linear):

@@ -90,7 +90,7 @@ def shape(D: int, L: int, H: int, K: int, F: int, V: int, **more: Any) -> dict[s
 SMOLLM2_135M = shape(576, 30, 9, 3, 1536, 49152, rope_parameters={"rope_type": "default", "rope_theta": 1e5})
 DENSE = ("ours", "transformers", "transformers+prepared", "litgpt", "minimind")
 MOE = ("ours", "ours+dropless", "transformers", "transformers+prepared", "litgpt", "minimind")
-CUDA = ("ours", "ours+compile", "ours+flash", "ours+compile+flash", "transformers", "transformers+compile")
+CUDA = ("ours", "ours+compile", "transformers", "transformers+compile")
 CASES = {
     "tiny": Case(preset("tiny"), 4, 128, DENSE, warmup=20, steps=20),
     "tiny-moe": Case(preset("tiny-moe"), 4, 128, MOE, warmup=20, steps=20),
@@ -127,14 +127,19 @@ CASES = {
         ("ours", "transformers", "transformers+prepared"),
         (Target("ours", "memory", 0.4, "transformers"), Target("ours", "speed", 1.7, "transformers")),
     ),
-    # For --device cuda; MFU counts attention, see smol_model.flops_per_token.
-    "gpu-135m": Case(SMOLLM2_135M, 32, 2048, CUDA, (Target("ours+compile", "mfu", 0.4),)),
-    "gpu-1.7b": Case(preset("smollm2-1.7b"), 4, 2048, CUDA, (Target("ours+compile", "mfu", 0.5),)),
+    # For --device cuda; MFU counts attention, see smol_model.flops_per_token. Batches are what transformers has room
+    # for on 80 GB. The MoE has the active width of gpu-dense and must keep three quarters of its MFU.
+    "gpu-135m": Case(SMOLLM2_135M, 16, 2048, CUDA, (Target("ours+compile", "mfu", 0.4),), 5, 20),
+    "gpu-1.7b": Case(preset("smollm2-1.7b"), 4, 2048, CUDA, (Target("ours+compile", "mfu", 0.5),), 5, 20),
+    "gpu-dense": Case(shape(1024, 16, 16, 4, 3584, 49152), 16, 2048, CUDA, (), 5, 20),
     "gpu-moe": Case(
         shape(1024, 16, 16, 4, 1792, 49152, num_experts=8, num_experts_per_tok=2, capacity_factor=1.25),
         16,
         2048,
-        (*CUDA, "ours+dropless"),
+        (*CUDA, "ours+compile+dropless"),
+        (),
+        5,
+        20,
     ),
 }
 

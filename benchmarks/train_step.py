@@ -27,7 +27,7 @@ Attention's products are not in it (`with_attention` has them, as whole squares)
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -130,9 +130,11 @@ def measure(
     else:
         torch.manual_seed(SEED)
     config, memory = SmolConfig(**model), common.Memory(where)
-    # Imports and kernels loaded on first use are no part of a model's memory: a very small one has loaded them all.
-    small = SmolConfig(**model | {"num_hidden_layers": 1, "vocab_size": 256})
-    chosen.build(small, length, where).gradients(torch.zeros(1, 16, dtype=torch.long, device=where))
+    # Imports and kernels loaded on first use are no part of a model's memory: a very small one has loaded them all. Not
+    # compiled: the compiler would take the sizes that differ from the real ones for sizes that change.
+    small = chosen.build(SmolConfig(**model | {"num_hidden_layers": 1, "vocab_size": 256}), length, where)
+    replace(small, called=small.model).gradients(torch.zeros(1, 16, dtype=torch.long, device=where))
+    del small
 
     empty = memory.now()
     training = chosen.build(config, length, where)
