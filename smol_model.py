@@ -427,10 +427,13 @@ class RotaryPositions:
         self.scale = 1.0
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if self.frequencies is None or self.frequencies.device != position_ids.device:
-            self.frequencies, self.scale = self.init_frequencies(position_ids.device)
-        angles = position_ids[:, :, None, None].float() * self.frequencies  # (B, T, 1, Dh/2)
-        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
+        frequencies, scale = self.frequencies, self.scale
+        if frequencies is None or frequencies.device != position_ids.device:
+            frequencies, scale = self.init_frequencies(position_ids.device)
+            if not torch.compiler.is_compiling():  # which, finding them the next time, would compile everything anew
+                self.frequencies, self.scale = frequencies, scale
+        angles = position_ids[:, :, None, None].float() * frequencies  # (B, T, 1, Dh/2)
+        cos, sin = angles.cos() * scale, angles.sin() * scale
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
     def init_frequencies(self, device: torch.device) -> tuple[Tensor, float]:
@@ -1322,7 +1325,7 @@ class SmolForCausalLM(SmolPreTrainedModel, GenerationMixin):
 
     def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy of hidden (B, T, D) against labels (B, T), -100 ignored."""
-        if isinstance(self.lm_head, LMHead):
+        if isinstance(getattr(self.lm_head, "_orig_mod", self.lm_head), LMHead):  # torch.compile of a part wraps it
             return self.lm_head(hidden, labels=labels)
         # The head was replaced, by a LoRA layer or after resizing: only its logits are known.
         logits = self.lm_head(hidden).float()

@@ -13,7 +13,8 @@ A step is forward, backward, clipping to norm 1, AdamW. Sides, each in its own p
   minimind      the same, with the plain PyTorch of benchmarks/peers.py (minimind-style)
 
 A side takes options: +prepared (smolkit.runtime.prepare for a peer too), +dropless (ours without a capacity limit),
-+compile, +eager, +sdpa, +flash (attention). `--sides ours,transformers,ours+eager` replaces the case's own list.
++compile, +regions (accelerate's regional compilation: a block is compiled once), +eager, +sdpa, +flash (attention).
+`--sides ours,transformers,ours+eager` replaces the case's own list.
 
 Printed, one JSON object: hardware, versions, and for each side
   tokens_per_second  of each round (tokens of a step over its median time) and their median
@@ -32,6 +33,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import compile_regions
 from torch import Tensor, nn
 
 from benchmarks import common
@@ -44,7 +46,7 @@ from smolkit.runtime import prepare
 
 LEARNING_RATE, MAX_NORM, SEED = 1e-4, 1.0, 0
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
-OPTIONS = {"prepared", "dropless", "compile", *ATTENTION}
+OPTIONS = {"prepared", "dropless", "compile", "regions", *ATTENTION}
 
 # --- sides --------------------------------------------------------------------------------------------------
 
@@ -89,7 +91,8 @@ class Side:
             model = PEERS[self.base](config, **options).to(device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         model.train()
-        return Training(model, optimizer, torch.compile(model) if "compile" in self.options else model)
+        called = compile_regions(model) if "regions" in self.options else model
+        return Training(model, optimizer, torch.compile(model) if "compile" in self.options else called)
 
 
 @dataclass
