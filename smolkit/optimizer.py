@@ -132,6 +132,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def _slices(self, group: dict[str, Any]) -> Iterator[list[Piece]]:
         """Pieces of the parameters that have a gradient, about SLICE elements at a time."""
         together: list[Piece] = []
+        room = 0
         for weight in group["params"]:
             if weight.grad is None:
                 continue
@@ -139,11 +140,14 @@ class MasterAdamW(torch.optim.Optimizer):
             size = SLICE.get(weight.device.type, SLICE["else"])
             stored = (state["master"], state["exp_avg"], state["exp_avg_sq"])
             flat = [tensor.view(-1) for tensor in (weight.detach(), weight.grad.contiguous(), *stored)]
-            for parts in zip(*(tensor.split(size) for tensor in flat), strict=True):
+            # Most weights are small, and a GPU waits for this loop: a weight that is one piece is not split.
+            whole = weight.numel() <= size
+            for parts in [flat] if whole else zip(*(tensor.split(size) for tensor in flat), strict=True):
                 together.append(Piece(*parts, step=state["step"]))
-                if sum(len(piece.weight) for piece in together) >= size:
+                room += len(parts[0])
+                if room >= size:
                     yield together
-                    together = []
+                    together, room = [], 0
         if together:
             yield together
 
