@@ -42,7 +42,8 @@ class Endpoint:
         self.client = openai.OpenAI(base_url=self.url, api_key=api_key, max_retries=MAX_RETRIES, timeout=600)
         self.tokenizer, self.concurrency = tokenizer, concurrency
         with self._asking():
-            served = {card.id: card for card in self.client.models.list().data}
+            first = self.client.with_options(max_retries=1)  # a wrong address should not cost half a minute
+            served = {card.id: card for card in first.models.list().data}
         if model is not None and served and model not in served:
             raise UserError(f"--model {model}: {self.url} serves {', '.join(served)}")
         if model is None and not served:

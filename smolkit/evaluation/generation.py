@@ -21,7 +21,7 @@ from smolkit.evaluation.subjects import Prompt, Reply, Subject
 from smolkit.evaluation.texts import compression_ratio, distinct, refuses, repetition
 
 MATCHES = ("exact", "contains", "regex", "number")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?")  # the sign of 10-4 is no sign of the 4
 
 
 def problem_of_task(row: Record) -> str | None:

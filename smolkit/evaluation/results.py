@@ -165,7 +165,8 @@ def markdown_table(rows: Sequence[Sequence[str]], alignment: str) -> str:
 
 
 def model_index(metrics: Mapping[str, Any], model_name: str) -> list[dict[str, Any]]:
-    """The figures as the hub's `model-index` metadata."""
+    """The figures with an interval as the hub's `model-index` metadata; the rest (chances, counts, seconds) describes
+    them."""
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -179,7 +180,7 @@ def model_index(metrics: Mapping[str, Any], model_name: str) -> list[dict[str, A
             metric_name=name,
         )
         for name in figure_names(metrics)
-        if name in metrics.get("data", {})
+        if name in metrics.get("intervals", {})
     ]
     return eval_results_to_model_index(model_name, results) if results else []
 
