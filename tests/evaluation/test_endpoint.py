@@ -1,12 +1,10 @@
 """The same questions to a server and to the checkpoint: our own server, and a plain one over transformers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from openai.types.chat import ChatCompletionMessage
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,8 +13,7 @@ from smolkit.errors import UserError
 from smolkit.evaluation import exam, likelihoods
 from smolkit.evaluation.endpoint import Endpoint, reply_text
 from smolkit.evaluation.subjects import LocalModel, Prompt
-from smolkit.openai_api import create_app
-from smolkit.serving import load_engine, serving
+from smolkit.serving import serving
 
 USER = {"role": "user", "content": "Who is Ada?"}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
@@ -27,43 +24,6 @@ PROMPTS = [
     Prompt(text="The job of"),
     Prompt(text="The job of Ada is", stop=("a", "e")),
 ]
-
-
-@pytest.fixture(scope="module")
-def ours(checkpoint: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    """The URL of our own server over the toy checkpoint, which wants a key."""
-    engine = load_engine(checkpoint, tokenizer, model_name="toy", dtype="fp32")
-    try:
-        with serving(create_app(engine, tokenizer, "toy", "secret")) as url:
-            yield url
-    finally:
-        engine.close()
-
-
-@pytest.fixture(scope="module")
-def plain(model: LlamaForCausalLM) -> Iterator[str]:
-    """The URL of a server that scores prompts as OpenAI's completions API describes it, over transformers."""
-    app = FastAPI()
-
-    @app.get("/v1/models")
-    def models() -> dict:
-        return {"object": "list", "data": [{"id": "toy", "object": "model", "created": 0, "owned_by": "x"}]}
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> dict:
-        body = await request.json()
-        assert body["echo"] is True and body["max_tokens"] == 1
-        choices = []
-        for index, ids in enumerate(body["prompt"]):
-            with torch.no_grad():
-                scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            given = [None, *(scores[i, token].item() for i, token in enumerate(ids[1:])), scores[-1].max().item()]
-            logprobs = {"token_logprobs": given, "tokens": [""] * len(given), "text_offset": [], "top_logprobs": []}
-            choices.append({"index": index, "text": "", "finish_reason": "length", "logprobs": logprobs})
-        return {"id": "1", "object": "text_completion", "created": 0, "model": "toy", "choices": choices[::-1]}
-
-    with serving(app) as url:
-        yield url
 
 
 def test_a_server_replies_what_the_checkpoint_replies(
