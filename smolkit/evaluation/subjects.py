@@ -164,6 +164,7 @@ def load_model(
 
     An adapter is merged in memory: the same numbers as leaving it beside the weights, and faster to decode.
     Raises UserError when a directory is not what it should be or the tokenizer does not fit the model."""
+    model: PreTrainedModel
     if implementation == "smol":
         model = build_model(load_config(path, tokenizer, tokenizer.name_or_path), path, dtype)
     else:
