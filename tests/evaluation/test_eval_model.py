@@ -25,7 +25,7 @@ def item(number: int, kind: str, language: str, answer: object, **extra: object)
 
 
 def test_the_script_on_a_toy_checkpoint(
-    checkpoint: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, run_script
+    checkpoint: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     exam = tmp_path / "exam.jsonl"
     items = [item(i, "qa", "en", "x", chance=0.1) for i in range(5)] + [item(9, "tool", "zh", WANTED, tools=[TOOL])]
@@ -41,23 +41,10 @@ def test_the_script_on_a_toy_checkpoint(
     text.write_text("The job of Ada is baker. 你好，世界。")
     out = tmp_path / "eval"
     common = ("--model_path", checkpoint, "--exam", exam, "--max_new_tokens", 12, "--device", "cpu")
-    result = run_script(
-        "eval_model.py",
-        *common,
-        "--preferences",
-        pairs,
-        "--text",
-        text,
-        "--multiple_choice",
-        choices,
-        "--generation",
-        tasks,
-        "--output_dir",
-        out,
-        "--check_transformers",
-        "--fail_below",
-        "ends_by_itself=0",
-    )
+    files = ("--preferences", pairs, "--text", text, "--multiple_choice", choices, "--generation", tasks)
+    uses = ("--check_transformers", "--fail_below", "ends_by_itself=0", "--output_dir", out)
+    eval_model.main([*map(str, (*common, *files, *uses))])
+    printed = capsys.readouterr().out
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["same_greedy_answers"] == 1.0 and metrics["same_greedy_answers_n"] == 6
     assert metrics["qa_en_chance"] == pytest.approx(0.1) and metrics["qa_en_n"] == 5
@@ -67,9 +54,9 @@ def test_the_script_on_a_toy_checkpoint(
     assert expected <= set(metrics)
     assert len(metrics["intervals"]["qa_en"]) == 2 and metrics["settings"]["max_new_tokens"] == 12
     assert metrics["data"]["tasks"] == str(tasks) and set(metrics["settings"]["versions"]) == {"torch", "transformers"}
-    assert (out / "metrics.md").read_text() in result.stdout
-    assert "same_greedy_answers" in result.stdout
-    assert "warning:" in result.stdout and "<|im_end|>" in result.stdout  # the doctor's glance at what is read
+    assert (out / "metrics.md").read_text() in printed
+    assert "same_greedy_answers" in printed
+    assert "warning:" in printed and "<|im_end|>" in printed  # the doctor's glance at what is read
     lengths = {"answers": 6, "samples": 1, "replies": 1}
     assert {name: len((out / f"{name}.jsonl").read_text().splitlines()) for name in lengths} == lengths
 
