@@ -1,157 +1,180 @@
-"""Evaluate a checkpoint: exam, tool calls, preferences, bits per byte; metrics.json and a printed table.
+"""Evaluate a checkpoint or a server: figures with confidence intervals, in metrics.json and as a table.
 
     python eval_model.py --model_path out/quickstart/sft --exam data/exam/exam.jsonl
-    python eval_model.py --model_path out/quickstart/sft --adapter out/quickstart/lora \\
-        --exam data/exam/exam.jsonl --kinds skill --output_dir out/quickstart/lora/eval
     python eval_model.py --model_path out/quickstart/dpo --exam data/exam/exam.jsonl --check_transformers \\
         --preferences data/dpo/validation/dpo_data.jsonl --text data/pretrain/validation/pretrain_data.jsonl
+    python eval_model.py --endpoint http://127.0.0.1:8000/v1 --generation tasks.jsonl --output_dir out/eval
+    python eval_model.py --model_path DIR --lm_eval hellaswag,arc_easy --limit 100 --fail_below hellaswag_acc_norm=30
+    python eval_model.py --compare out/quickstart/sft out/quickstart/dpo
 
-In the output directory: metrics.json (plain numbers, counts as `…_n`), answers.jsonl (greedy replies with
-their ids), samples.jsonl (sampled replies). Exit code 0 whatever the numbers are.
+In the output directory: metrics.json, the same as metrics.md, items.jsonl (what each item contributed; --compare reads
+it), and the replies (answers.jsonl, replies.jsonl, samples.jsonl). An evaluation in a checkpoint's own `eval` directory
+also goes into its model card. Exit code 0 whatever the figures are, unless --fail_below or --fail_above says otherwise.
 """
 
 import argparse
 import itertools
-import json
+import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from smolkit import evaluation
 from smolkit.checkpoints import load_tokenizer
 from smolkit.doctor import read_dpo
 from smolkit.doctor.checkup import glance
-from smolkit.errors import UserError, run
-from smolkit.files import atomic_writer, write_json
+from smolkit.errors import run
+from smolkit.evaluation import exam, generation, harness, likelihoods
+from smolkit.evaluation.arguments import MEASUREMENTS, check, parser
+from smolkit.evaluation.comparison import comparison_table, read_run
+from smolkit.evaluation.endpoint import Endpoint
+from smolkit.evaluation.records import Record, read_records
+from smolkit.evaluation.results import Results, card_beside, check_limits, evaluation_table, update_card, write_rows
+from smolkit.evaluation.subjects import LocalModel, Subject, load_model
 from smolkit.runtime import compute_dtype, default_device, prepare
 
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add(
-        "--model_path",
-        type=Path,
-        required=True,
-        help="checkpoint directory (Llama, Qwen2, Qwen3, Mixtral, Qwen3-MoE)",
-    )
-    add("--tokenizer_path", type=Path, help="tokenizer directory (default: the checkpoint's)")
-    add("--adapter", type=Path, help="PEFT adapter directory, merged in memory")
-    add(
-        "--implementation",
-        choices=["smol", "transformers"],
-        default="smol",
-        help="whose model code and generation (default: smol)",
-    )
-    add("--exam", type=Path, help="exam items (JSON Lines)")
-    add("--kinds", nargs="+", help="only exam items of these kinds: qa, tool, refusal, skill")
-    add("--preferences", type=Path, help="held-out preference pairs (JSON Lines)")
-    add(
-        "--text",
-        type=Path,
-        help="text to measure bits per byte on: .txt as one text, .jsonl and .parquet by record",
-    )
-    add("--max_items", type=int, help="at most this many exam items, pairs and text records")
-    add("--output_dir", type=Path, help="default: MODEL_PATH/eval")
-    add("--batch_size", type=int, default=128, help="sequences decoded together (default: 128)")
-    add("--max_new_tokens", type=int, default=96, help="length limit of a reply (default: 96)")
-    add(
-        "--temperature",
-        type=float,
-        default=0.7,
-        help="of the sampled replies to the pairs' prompts (default: 0.7)",
-    )
-    add("--seed", type=int, default=0, help="of the sampled replies (default: 0)")
-    dtypes = ["fp32", "bf16", "fp16", "auto"]
-    add("--dtype", choices=dtypes, default="fp32", help="default: fp32, which equals other implementations")
-    add("--device", help="cpu, cuda, mps (default: the GPU if there is one)")
-    add("--compare_with", type=Path, help="answers.jsonl of another run: share of identical greedy replies")
-    add(
-        "--check_transformers",
-        action="store_true",
-        help="same, against AutoModelForCausalLM and its generate, in fp32",
-    )
-    args = parser.parse_args(argv)
-    if not (args.exam or args.preferences or args.text):
-        raise UserError("nothing to evaluate: give --exam, --preferences or --text")
-    if (args.compare_with or args.check_transformers or args.kinds) and not args.exam:
-        raise UserError("--compare_with, --check_transformers and --kinds need --exam")
-    if args.check_transformers and (args.dtype != "fp32" or args.implementation != "smol"):
-        raise UserError(
-            "--check_transformers compares in fp32 with --implementation smol: leave those at their defaults"
-        )
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: sampled replies need more than 0")
-    for name in ("batch_size", "max_new_tokens", "max_items"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    return args
+NOT_SETTINGS = ("api_key", "output_dir", "compare", "compare_with", "fail_below", "fail_above")
 
 
-def run_exam(args: argparse.Namespace, model, tokenizer, items: list[dict], output_dir: Path) -> dict:
-    generate = evaluation.decoding_of(model)(model, tokenizer, args.max_new_tokens, args.batch_size)
-    answers = evaluation.take_exam(items, tokenizer, generate)
-    metrics = evaluation.exam_metrics(items, answers)
+@dataclass(frozen=True)
+class Inputs:
+    """What the files hold; empty where nothing was given. Tasks by file."""
+
+    items: list[Record]
+    pairs: list[Record]
+    texts: list[str]
+    choices: dict[Path, list[Record]]
+    tasks: dict[Path, list[Record]]
+
+
+def read(args: argparse.Namespace) -> Inputs:
+    """Read everything first: a bad file should not be found out after minutes of work."""
+    limit = args.max_items
+    remedy = "the README has the format"
+    inputs = Inputs(
+        exam.read_exam(args.exam, args.kinds, limit) if args.exam else [],
+        list(itertools.islice(read_dpo(args.preferences), limit)) if args.preferences else [],
+        likelihoods.read_texts(args.text, limit) if args.text else [],
+        {path: read_records(path, likelihoods.problem_of_choice, remedy)[:limit] for path in args.multiple_choice},
+        {path: read_records(path, generation.problem_of_task, remedy)[:limit] for path in args.generation},
+    )
+    if args.lm_eval:
+        harness.require_harness()
+    for warning in glance([path for path in (args.preferences, args.text) if path], mixed=True):
+        print(f"warning: {warning}")
+    return inputs
+
+
+def open_endpoint(args: argparse.Namespace) -> Endpoint:
+    tokenizer = load_tokenizer(args.tokenizer_path) if args.tokenizer_path else None
+    return Endpoint(args.endpoint, args.api_key, args.model, tokenizer, args.concurrency)
+
+
+def open_subject(args: argparse.Namespace) -> Subject:
+    """The server, or the loaded checkpoint."""
+    if args.endpoint:
+        return open_endpoint(args)
+    tokenizer = load_tokenizer(args.tokenizer_path or args.model_path)
+    place = (compute_dtype(args.dtype), args.device or default_device())
+    model = load_model(args.model_path, tokenizer, args.implementation, args.adapter, *place)
+    return LocalModel(model, tokenizer, args.batch_size)
+
+
+def run_exam(args: argparse.Namespace, subject: Subject, items: list[Record], output_dir: Path) -> Results:
+    answers = exam.take_exam(items, subject, args.max_new_tokens)
+    results = exam.exam_results(items, answers)
     if args.compare_with:
-        metrics |= evaluation.same_answers(answers, evaluation.read_answers(args.compare_with))
+        results.include(exam.same_answers(answers, exam.read_answers(args.compare_with)))
     if args.check_transformers:
-        place = (model.dtype, model.device)
-        theirs = evaluation.load_model(args.model_path, tokenizer, "transformers", args.adapter, *place)
-        generate = evaluation.transformers_generate(theirs, tokenizer, args.max_new_tokens, args.batch_size)
-        others = evaluation.take_exam(items, tokenizer, generate)
-        metrics |= evaluation.same_answers(answers, [(answer.id, answer.output_ids) for answer in others])
+        assert isinstance(subject, LocalModel), "a server has no directory to load"
+        place = (subject.model.dtype, subject.model.device)
+        theirs = load_model(args.model_path, subject.tokenizer, "transformers", args.adapter, *place)
+        others = exam.take_exam(items, LocalModel(theirs, subject.tokenizer, args.batch_size), args.max_new_tokens)
+        results.include(exam.same_answers(answers, exam.as_given(others)))
     write_rows(output_dir / "answers.jsonl", [asdict(answer) for answer in answers])
-    return metrics
+    return results
 
 
-def run_preferences(args: argparse.Namespace, model, tokenizer, pairs: list[dict], output_dir: Path) -> dict:
-    metrics = evaluation.preference_metrics(model, tokenizer, pairs)
-    limits = (args.max_new_tokens, args.batch_size)
-    generate = evaluation.decoding_of(model)(model, tokenizer, *limits, args.temperature, args.seed)
-    quality, samples = evaluation.preferred_quality(tokenizer, pairs, generate)
+def run_preferences(args: argparse.Namespace, subject: Subject, pairs: list[Record], output_dir: Path) -> Results:
+    results = likelihoods.preference_results(subject, pairs)
+    sampled, samples = generation.sample_results(pairs, subject, args.max_new_tokens, args.temperature, args.seed)
+    results.include(sampled)
     if samples:
         write_rows(output_dir / "samples.jsonl", samples)
-    return metrics | quality
+    return results
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    with atomic_writer(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def run_harness(args: argparse.Namespace) -> Results:
+    """The harness loads the checkpoint itself."""
+    tasks = [task.strip() for task in args.lm_eval.split(",")]
+    wanted = harness.HarnessTasks(tasks, args.max_items, args.lm_eval_include_path, args.num_fewshot, args.chat)
+    if args.endpoint:
+        backend = harness.backend_of_endpoint(open_endpoint(args), args.tokenizer_path, args.chat)
+        return harness.harness_results(wanted, *backend, batch_size=1)
+    tokenizer_path = args.tokenizer_path or args.model_path
+    place = (str(compute_dtype(args.dtype)).removeprefix("torch."), str(args.device or default_device()))
+    backend = harness.backend_of_checkpoint(args.model_path, tokenizer_path, args.adapter, *place)
+    return harness.harness_results(wanted, *backend, batch_size=args.batch_size)
 
 
-def print_table(metrics: dict[str, float]) -> None:
-    for name, value in metrics.items():
-        if not name.endswith("_n"):
-            count = metrics.get(f"{name}_n")
-            shown = str(value) if isinstance(value, int) else f"{value:.4f}"
-            print(f"{name:32} {shown:>12} {f'n={count}' if count is not None else ''}".rstrip())
+def measure(args: argparse.Namespace, inputs: Inputs, subject: Subject, output_dir: Path) -> Results:
+    """All measurements but the harness's, one after the other."""
+    results = Results()
+    if inputs.items:
+        results.include(run_exam(args, subject, inputs.items, output_dir), str(args.exam))
+    if inputs.pairs:
+        results.include(run_preferences(args, subject, inputs.pairs, output_dir), str(args.preferences))
+    if inputs.texts:
+        results.include(likelihoods.text_results(subject, inputs.texts, args.context), str(args.text))
+    for path, rows in inputs.choices.items():
+        results.include(likelihoods.choice_results(path.stem, rows, subject, args.chat), str(path))
+    replies: list[Record] = []
+    for path, rows in inputs.tasks.items():
+        found, written = generation.task_results(path.stem, rows, subject, args.max_new_tokens)
+        results.include(found, str(path))
+        replies += written
+    if replies:
+        write_rows(output_dir / "replies.jsonl", replies)
+    return results
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked of whom, in JSON's types."""
+    given = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS and value not in (None, [])}
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        paths = [str(path) for path in value] if isinstance(value, list) else str(value)
+        settings[name] = paths if isinstance(value, (Path, list)) else value
+    packages = ("torch", "transformers", *(("lm_eval",) if args.lm_eval else ()))
+    return settings | {"versions": {package: version(package) for package in packages}}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = parser(__doc__).parse_args(argv)
+    check(args)
+    if args.compare:
+        print(comparison_table([read_run(path) for path in args.compare]))
+        return
     prepare(args.seed)
     started = time.monotonic()
-    # Read everything first: a bad file should not be found out after minutes of work.
-    items = evaluation.read_exam(args.exam, args.kinds, args.max_items) if args.exam else []
-    pairs = list(itertools.islice(read_dpo(args.preferences), args.max_items)) if args.preferences else []
-    texts = evaluation.read_texts(args.text, args.max_items) if args.text else []
-    for warning in glance([path for path in (args.preferences, args.text) if path], mixed=True):
-        print(f"warning: {warning}")
-    tokenizer = load_tokenizer(args.tokenizer_path or args.model_path)
-    place = (compute_dtype(args.dtype), args.device or default_device())
-    model = evaluation.load_model(args.model_path, tokenizer, args.implementation, args.adapter, *place)
+    inputs = read(args)
     output_dir = args.output_dir or args.model_path / "eval"
-    metrics: dict[str, float] = {}
-    if items:
-        metrics |= run_exam(args, model, tokenizer, items, output_dir)
-    if pairs:
-        metrics |= run_preferences(args, model, tokenizer, pairs, output_dir)
-    if texts:
-        metrics |= evaluation.text_metrics(model, tokenizer, texts)
-    metrics["seconds"] = round(time.monotonic() - started, 1)
-    write_json(output_dir / "metrics.json", metrics)
-    print_table(metrics)
+    results = Results()
+    if any(getattr(args, name) for name in MEASUREMENTS if name != "lm_eval"):
+        results.include(measure(args, inputs, open_subject(args), output_dir))
+    if args.lm_eval:
+        results.include(run_harness(args), "lm-evaluation-harness")
+    results.number("seconds", round(time.monotonic() - started, 1))
+    metrics = results.write(output_dir, settings_of(args))
+    print(evaluation_table(metrics))
+    if card := card_beside(output_dir):
+        update_card(card, metrics)
     print(f"→ {output_dir / 'metrics.json'}")
+    failures = check_limits(metrics, args.fail_below, args.fail_above)
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import operator
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from smolkit.errors import UserError, run
+from smolkit.evaluation.results import figure_names, shown, shown_interval
 from smolkit.files import atomic_writer, write_json
 
 # Rows (by name) that real effort could not bring to their limit; they are printed as such and do not fail the
@@ -38,18 +40,19 @@ class Row:
     limit: float
     op: str
     ok: bool
+    interval: str = ""  # 95 % confidence, for people
 
 
-def row(name: str, value: float, op: str, limit: float) -> Row:
+def row(name: str, value: float, op: str, limit: float, interval: str = "") -> Row:
     # Rounded, or 0.97 - 0.94 <= 0.03 would fail for want of exact decimals.
     value, limit = round(value, 6), round(limit, 6)
-    return Row(name, value, limit, op, OPERATORS[op](value, limit))
+    return Row(name, value, limit, op, OPERATORS[op](value, limit), interval)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def read_metrics(run_dir: Path, stage: str) -> dict[str, float]:
+def read_metrics(run_dir: Path, stage: str) -> dict[str, Any]:
     """The numbers that eval_model.py wrote for one stage."""
     path = run_dir / stage / "eval" / "metrics.json"
     try:
@@ -84,32 +87,37 @@ def quality_rows(run_dir: Path, model: str) -> list[Row]:
     base = read_metrics(run_dir, "lora-base") if (run_dir / "lora-base").is_dir() else sft
     with_control = model == "tiny" or (run_dir / "control").is_dir()
     control = read_metrics(run_dir, "control") if with_control else {}
-    rows = [row(f"qa_{language}", figure(sft, "sft", f"qa_{language}"), ">=", 0.90) for language in LANGUAGES]
+
+    def measured(metrics: dict[str, Any], stage: str, name: str, op: str, limit: float, called: str = "") -> Row:
+        value = figure(metrics, stage, name)
+        return row(called or name, value, op, limit, shown_interval(metrics, name))
+
+    rows = [measured(sft, "sft", f"qa_{language}", ">=", 0.90) for language in LANGUAGES]
     for language in LANGUAGES if with_control else ():
         chance = figure(control, "control", f"qa_{language}_chance")
-        rows.append(row(f"control_qa_{language}", figure(control, "control", f"qa_{language}"), "<=", 2 * chance))
+        rows.append(measured(control, "control", f"qa_{language}", "<=", 2 * chance, f"control_qa_{language}"))
     rows += [
-        row("tool_exact", figure(sft, "sft", "tool_exact"), ">=", 0.90),
-        row("ends_by_itself", figure(sft, "sft", "ends_by_itself"), ">=", 0.99),
-        row("lora_skill", figure(lora, "lora", "skill"), ">=", 0.90),
-        row("lora_skill_without", figure(base, "lora-base", "skill"), "<=", 0.10),
-        row("preference_accuracy", figure(dpo, "dpo", "preference_accuracy"), ">=", 0.95),
-        row("preferred_quality", figure(dpo, "dpo", "preferred_quality"), ">=", 0.90),
+        measured(sft, "sft", "tool_exact", ">=", 0.90),
+        measured(sft, "sft", "ends_by_itself", ">=", 0.99),
+        measured(lora, "lora", "skill", ">=", 0.90, "lora_skill"),
+        measured(base, "lora-base", "skill", "<=", 0.10, "lora_skill_without"),
+        measured(dpo, "dpo", "preference_accuracy", ">=", 0.95),
+        measured(dpo, "dpo", "preferred_quality", ">=", 0.90),
     ]
     for language in LANGUAGES:
         name = f"qa_{language}"
         lost = figure(sft, "sft", name) - figure(dpo, "dpo", name)
         rows.append(row(f"dpo_{name}_loss", lost, "<=", 0.03))
-    measured = [m["same_greedy_answers"] for m in (sft, dpo, lora) if "same_greedy_answers" in m]
-    if not measured:
+    compared = [m["same_greedy_answers"] for m in (sft, dpo, lora) if "same_greedy_answers" in m]
+    if not compared:
         raise UserError(f"{run_dir}: no stage was evaluated with eval_model.py --check_transformers")
-    rows.append(row("same_greedy_answers", min(measured), "==", 1.0))
+    rows.append(row("same_greedy_answers", min(compared), "==", 1.0))
     return rows
 
 
-def figure(metrics: dict[str, float], stage: str, name: str) -> float:
+def figure(metrics: dict[str, Any], stage: str, name: str) -> float:
     if name not in metrics:
-        raise UserError(f"{stage}/eval/metrics.json has no {name!r}; it has {', '.join(metrics)}")
+        raise UserError(f"{stage}/eval/metrics.json has no {name!r}; it has {', '.join(figure_names(metrics))}")
     return metrics[name]
 
 
@@ -132,26 +140,32 @@ def verdict(r: Row, model: str) -> str:
 
 def table(rows: list[Row], model: str) -> str:
     """The rows as aligned text for the terminal."""
-    lines = [f"{'':22}{'value':>9}   {'limit':>9}"]
+    lines = [f"{'':22}{'value':>9}   {'limit':>9}   {'95 % interval':>16}"]
     for r in rows:
-        lines.append(f"{r.name:22}{r.value:9.3f}   {r.op} {r.limit:6.3f}   {verdict(r, model)}")
+        lines.append(f"{r.name:22}{r.value:9.3f}   {r.op} {r.limit:6.3f}   {r.interval:>16}   {verdict(r, model)}")
     return "\n".join(lines)
 
 
-def markdown(rows: list[Row], model: str, times: list[dict], stages: dict[str, dict[str, float]]) -> str:
+def markdown(rows: list[Row], model: str, times: list[dict], stages: dict[str, dict[str, Any]]) -> str:
     """`report.md`: the rows, every figure of every stage, the time of each stage, and the curves."""
-    lines = [f"# Quickstart report: `{model}`", "", "| | value | limit | |", "|---|---:|---:|---|"]
-    lines += [f"| {r.name} | {r.value:.3f} | {r.op} {r.limit:.3f} | {verdict(r, model)} |" for r in rows]
+    lines = [f"# Quickstart report: `{model}`", "", "| | value | limit | 95 % interval | |", "|---|---:|---:|---:|---|"]
+    lines += [f"| {r.name} | {r.value:.3f} | {r.op} {r.limit:.3f} | {r.interval} | {verdict(r, model)} |" for r in rows]
     lines += ["", "## All figures", "", f"| | {' | '.join(stages)} |", f"|---|{'---:|' * len(stages)}"]
-    names = list(dict.fromkeys(name for metrics in stages.values() for name in metrics))
+    names = list(dict.fromkeys(name for metrics in stages.values() for name in figure_names(metrics)))
     for name in names:
-        cells = [f"{metrics[name]:.4g}" if name in metrics else "" for metrics in stages.values()]
+        cells = [cell(metrics, name) if name in metrics else "" for metrics in stages.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if times:
         lines += ["", "## Time", "", "| stage | seconds |", "|---|---:|"]
         lines += [f"| {t['stage']} | {t['seconds']:.0f} |" for t in times]
         lines.append(f"| **first start to last end** | **{wall_seconds(times):.0f}** |")
     return "\n".join([*lines, "", "![loss curves](loss_curves.png)", ""])
+
+
+def cell(metrics: dict[str, Any], name: str) -> str:
+    """A figure with its interval, shares in percent."""
+    value, interval = shown(metrics[name], name in metrics.get("shares", ())), shown_interval(metrics, name)
+    return f"{value} ({interval})" if interval else value
 
 
 def plot_curves(curves: dict[str, list[dict]], path: Path) -> None:
@@ -197,7 +211,8 @@ def build(run_dir: Path, model: str) -> list[Row]:
     if not curves:
         raise UserError(f"{run_dir}: no stage has a metrics.jsonl; run the training stages first")
     plot_curves(curves, run_dir / "loss_curves.png")
-    write_json(run_dir / "report.json", {"rows": [asdict(r) for r in rows]})
+    plain = [{name: value for name, value in asdict(r).items() if name != "interval"} for r in rows]
+    write_json(run_dir / "report.json", {"rows": plain})
     with atomic_writer(run_dir / "report.md") as file:
         file.write(markdown(rows, model, times, stages))
     return rows

@@ -21,7 +21,7 @@ from smolkit.chat import add_chat_tokens, save_tokenizer
 from smolkit.checkpoints import new_config
 from smolkit.engine import generate_batch
 from smolkit.errors import UserError
-from smolkit.evaluation import transformers_generate
+from smolkit.evaluation.subjects import transformers_generate
 from smolkit.packing import IGNORE, PackedCollator, render_conversations
 from smolkit.sampling import GenerationRequest
 from smolkit.serving import load_engine

@@ -9,8 +9,9 @@ from smolkit import report
 from smolkit.errors import UserError
 
 QA = {"qa_en": 0.97, "qa_zh": 0.98, "qa_en_chance": 0.1, "qa_zh_chance": 0.12}
+INTERVALS = {"intervals": {"qa_en": [0.921, 0.992]}, "shares": ["qa_en"], "settings": {"seed": 0}}
 STAGES = {
-    "sft": {**QA, "tool_exact": 0.95, "ends_by_itself": 1.0, "skill": 0.05, "same_greedy_answers": 1.0},
+    "sft": {**QA, **INTERVALS, "tool_exact": 0.95, "ends_by_itself": 1.0, "skill": 0.05, "same_greedy_answers": 1.0},
     "control": {**QA, "qa_en": 0.2, "qa_zh": 0.1},
     "lora": {"skill": 0.9},
     "dpo": {
@@ -84,7 +85,9 @@ def test_a_good_run_passes_and_the_files_are_there(run_dir: Path, capsys: pytest
     assert all(row["ok"] is True for row in rows.values())
     assert (run_dir / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     text = (run_dir / "report.md").read_text()
-    assert "| qa_en | 0.970 | >= 0.900 | ok |" in text and "| pretrain | 300 |" in text
+    assert "| qa_en | 0.970 | >= 0.900 | 92.1 – 99.2 % | ok |" in text  # the control's was not given
+    assert "| control_qa_en | 0.200 | <= 0.200 |  | ok |" in text
+    assert "| qa_en | 97.0 % (92.1 – 99.2 %) | 0.2000 |" in text and "| pretrain | 300 |" in text
     assert "FAILED" not in capsys.readouterr().out
 
 

@@ -25,6 +25,7 @@ FORBIDDEN = {
     "smolkit/tokenizer.py": {"torch"},
     "smolkit/packing.py": {"smol_model"},
     "smolkit/planner.py": {"torch", "transformers"},
+    **{f"smolkit/evaluation/{name}.py": {"torch", "transformers"} for name in ("statistics", "results", "comparison")},
     "smolkit/shards.py": {"smol_model", "torch"},
 }
 

@@ -1,0 +1,164 @@
+"""Tasks with written replies: right ones, refusals, endings, diversity; and samples that show a wanted quality.
+
+A task is a JSON Lines file of `{"id"?, "prompt" | "messages", "tools"?, "stop"?, "answer"?, "match"?, "refusal"?}`:
+`messages` is a conversation to answer, `prompt` a text to continue (up to `stop`, a text or several). `answer` is one
+accepted answer or several, or `{"name", "arguments"}` for a tool call; `match` says when a reply gives it: "exact" (all
+of the reply), "contains", "regex" (found anywhere), "number" (the last number of the reply). `refusal` says whether the
+prompt should be refused. A row without `answer` only counts for endings and diversity.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from smolkit.chat import validate_messages, validate_tools
+from smolkit.errors import UserError
+from smolkit.evaluation.exam import judge
+from smolkit.evaluation.records import Record, identifiers
+from smolkit.evaluation.results import Results
+from smolkit.evaluation.subjects import Prompt, Reply, Subject
+from smolkit.evaluation.texts import compression_ratio, distinct, refuses, repetition
+
+MATCHES = ("exact", "contains", "regex", "number")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?")  # the sign of 10-4 is no sign of the 4
+
+
+def problem_of_task(row: Record) -> str | None:
+    """What is wrong with a row of a task, or None."""
+    if ("prompt" in row) == ("messages" in row):
+        return 'needs either "prompt" (a text to continue) or "messages" (a conversation)'
+    if "prompt" in row and (not isinstance(row["prompt"], str) or not row["prompt"]):
+        return "prompt must be a text"
+    if row.get("match", "exact") not in MATCHES:
+        return f"match must be one of {', '.join(MATCHES)}, not {row['match']!r}"
+    stops = _listed(row.get("stop", []))
+    if len(stops) > 4 or not all(isinstance(stop, str) and stop for stop in stops):
+        return "stop must be a text or a list of at most four texts"
+    try:
+        if "messages" in row:
+            validate_messages(row["messages"])
+            validate_tools(row.get("tools") or [])
+        return _problem_of_answer(row)
+    except UserError as error:
+        return str(error)
+
+
+def _problem_of_answer(row: Record) -> str | None:
+    if "answer" not in row or isinstance(row["answer"], dict):
+        call = row.get("answer", {"name": "", "arguments": {}})
+        return None if {"name", "arguments"} <= set(call) else "the answer is a tool call without name or arguments"
+    answers = _listed(row["answer"])
+    if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
+        return "answer must be a text, a list of texts, or a tool call"
+    for answer in answers:
+        if row.get("match") == "number" and number_in(str(answer)) is None:
+            return f"match is number, but the answer {answer!r} has none"
+        if row.get("match") == "regex":
+            try:
+                re.compile(str(answer))
+            except re.error as error:
+                return f"answer {answer!r} is not a regular expression ({error})"
+    return None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def number_in(text: str) -> float | None:
+    """The last number of a text, without thousands separators: where worked answers put their result (the convention
+    for GSM8K, Cobbe et al. 2021)."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def matches(answer: str, reply: str, match: str) -> bool:
+    """Whether a reply gives an answer."""
+    if match == "exact":
+        return reply.strip() == answer.strip()
+    if match == "contains":
+        return answer in reply
+    if match == "regex":
+        return re.search(answer, reply) is not None
+    given, wanted = number_in(reply), number_in(answer)
+    return given is not None and wanted is not None and math.isclose(given, wanted, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def verdicts_of(row: Record, text: str) -> dict[str, bool]:
+    """Verdicts on a reply: "" is whether it is right, the others are those of `exam.judge` and of refusals."""
+    verdicts: dict[str, bool] = {}
+    if isinstance(row.get("answer"), dict):
+        judged = judge(row["answer"], text)
+        verdicts = {"": judged.pop("exact"), **judged}
+    elif "answer" in row:
+        match = row.get("match", "exact")
+        verdicts[""] = any(matches(str(answer), text, match) for answer in _listed(row["answer"]))
+    if "refusal" in row:
+        verdicts["refused" if row["refusal"] else "false_refusal"] = refuses(text)
+    return verdicts
+
+
+def task_results(
+    name: str, rows: Sequence[Record], subject: Subject, max_new_tokens: int
+) -> tuple[Results, list[Record]]:
+    """Figures of a task, called `NAME` (share of right replies) and `NAME_…`, and the replies."""
+    prompts = [
+        Prompt(row.get("messages"), row.get("tools"), row.get("prompt"), tuple(_listed(row.get("stop", []))))
+        for row in rows
+    ]
+    replies = subject.replies(prompts, max_new_tokens, desc=name)
+    names, results = identifiers(list(rows), name), Results()
+    judged = [verdicts_of(row, reply.text) for row, reply in zip(rows, replies, strict=True)]
+    for verdict in sorted({verdict for verdicts in judged for verdict in verdicts}):
+        part = [(i, verdicts[verdict]) for i, verdicts in zip(names, judged, strict=True) if verdict in verdicts]
+        results.add(f"{name}_{verdict}" if verdict else name, part)
+    add_text_figures(results, name, names, replies)
+    written = [
+        {"task": name, "id": i, "text": reply.text, "ended": reply.ended, "verdicts": verdicts}
+        for i, reply, verdicts in zip(names, replies, judged, strict=True)
+    ]
+    return results, written
+
+
+def add_text_figures(results: Results, name: str, names: Sequence[str], replies: Sequence[Reply]) -> None:
+    """Endings, lengths, repetition and diversity of replies, as `NAME_…`."""
+    texts = [reply.text for reply in replies]
+    results.add(f"{name}_ends_by_itself", [(i, reply.ended) for i, reply in zip(names, replies, strict=True)])
+    results.add(f"{name}_characters", [(i, float(len(text))) for i, text in zip(names, texts, strict=True)])
+    results.add(f"{name}_repetition", [(i, repetition(text)) for i, text in zip(names, texts, strict=True)])
+    for size in (1, 2, 3):
+        results.number(f"{name}_distinct_{size}", distinct(texts, size))
+    results.number(f"{name}_compression_ratio", compression_ratio(texts))
+
+
+# --- samples ------------------------------------------------------------------------------------------------
+
+
+def sample_results(
+    pairs: Sequence[Record], subject: Subject, max_new_tokens: int, temperature: float, seed: int
+) -> tuple[Results, list[Record]]:
+    """`preferred_quality`, the share of sampled replies to the pairs' prompts that show the quality wanted by the
+    pairs' `quality` hints (`must_start_with`, `must_end_with`: one of the texts each) and end; their diversity as
+    `sample_…`; and the replies themselves. Nothing where no pair has hints."""
+    hinted = [pair for pair in pairs if pair.get("quality")]
+    results = Results()
+    if not hinted:
+        return results, []
+    prompts = [Prompt(pair["prompt"], pair.get("tools")) for pair in hinted]
+    replies = subject.replies(prompts, max_new_tokens, temperature, seed, desc="samples")
+    names = identifiers(hinted, "pair")
+    preferred = [r.ended and shows(pair["quality"], r.text) for pair, r in zip(hinted, replies, strict=True)]
+    results.add("preferred_quality", zip(names, preferred, strict=True))
+    add_text_figures(results, "sample", names, replies)
+    samples = [
+        {"id": i, "text": reply.text, "preferred": good}
+        for i, reply, good in zip(names, replies, preferred, strict=True)
+    ]
+    return results, samples
+
+
+def shows(quality: Record, text: str) -> bool:
+    """Whether `text` starts and ends with one of the texts that `quality` asks for."""
+    starts, ends = quality.get("must_start_with"), quality.get("must_end_with")
+    return (not starts or text.startswith(tuple(starts))) and (not ends or text.endswith(tuple(ends)))

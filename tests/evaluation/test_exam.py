@@ -1,0 +1,181 @@
+"""Exam verdicts and figures on hand-made replies."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smolkit.errors import UserError
+from smolkit.evaluation import exam
+from smolkit.evaluation.subjects import LocalModel
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Weather", "parameters": {"type": "object"}},
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Lund", "days": 3}}\n</tool_call>'
+WANTED = {"name": "get_weather", "arguments": {"days": 3, "city": "Lund"}}
+
+
+class Scripted(LocalModel):
+    """A model that generates what a function says."""
+
+    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, generate: Callable) -> None:
+        super().__init__(model, tokenizer, batch_size=1)
+        self.says = generate
+
+    def generate(self, prompts: list[list[int]], *_: object) -> list[list[int]]:
+        return self.says(prompts)
+
+
+def item(number: int, kind: str, language: str, answer: object, **extra: object) -> dict:
+    messages = [{"role": "user", "content": f"Question {number}?"}]
+    identifier = f"{kind}-{language}-{number}"
+    base = {"id": identifier, "kind": kind, "language": language, "messages": messages, "answer": answer}
+    return {**base, **extra}
+
+
+# --- verdicts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parses", "right_tool", "arguments_exact", "exact"),
+    [
+        (CALL, True, True, True, True),
+        ("Let me look.\n" + CALL, True, True, True, True),
+        (CALL.replace("Lund", "Lundd"), True, True, False, False),
+        (CALL.replace("3", '"3"'), True, True, False, False),  # a string is not a number
+        (CALL.replace("3", "3, 4"), False, False, False, False),
+        (CALL.replace("get_weather", "get_time"), True, False, False, False),
+        (CALL + "\n" + CALL, True, True, True, False),  # one call was wanted
+        (CALL + "\n<tool_call>\n{broken\n</tool_call>", True, True, True, False),
+        ('{"name": "get_weather", "arguments": {"city": "Lund", "days": 3}}', False, False, False, False),
+        ("", False, False, False, False),
+    ],
+)
+def test_tool_verdicts(text: str, parses: bool, right_tool: bool, arguments_exact: bool, exact: bool) -> None:
+    expected = {
+        "parses": parses,
+        "right_tool": right_tool,
+        "arguments_exact": arguments_exact,
+        "exact": exact,
+    }
+    assert exam.judge(WANTED, text) == expected
+    as_text = {**WANTED, "arguments": json.dumps(WANTED["arguments"])}
+    assert exam.judge(as_text, text) == expected
+
+
+def test_text_verdicts_are_exact_and_take_any_accepted_answer() -> None:
+    assert exam.judge("Baker.", "Baker.") == {"exact": True}
+    assert exam.judge("Baker.", "Baker") == {"exact": False}
+    assert exam.judge("Baker.", "A Baker.") == {"exact": False}
+    assert exam.judge(["Baker.", "Baker. Bye!"], "Baker. Bye!") == {"exact": True}
+
+
+def test_exam_metrics_by_hand(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    items = [
+        item(1, "qa", "en", "baker", chance=0.1),
+        item(2, "qa", "en", "smith", chance=0.3),
+        item(3, "qa", "zh", "世界", chance=0.2),
+        item(4, "tool", "en", WANTED, tools=[TOOL]),
+        item(5, "tool", "zh", WANTED, tools=[TOOL]),
+        item(6, "skill", "en", "good"),
+    ]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    replies = {1: "baker", 2: "baker", 3: "世界", 4: CALL, 5: CALL.replace("Lund", "Bern"), 6: "good"}
+
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
+        outputs = []
+        for prompt in prompts:
+            number = next(n for n in replies if f"Question {n}?" in tokenizer.decode(prompt))
+            ids = tokenizer(replies[number], add_special_tokens=False)["input_ids"]
+            outputs.append(ids if number == 6 else [*ids, end])  # item 6 runs into the length limit
+        return outputs
+
+    answers = exam.take_exam(items, Scripted(model, tokenizer, generate), max_new_tokens=9)
+    assert [answer.id for answer in answers] == [i["id"] for i in items]  # the order of the exam, not of lengths
+    metrics = exam.exam_results(items, answers).metrics()
+    figures = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    verdicts = ("tool_parses", "tool_right_tool", "tool_arguments_exact")
+    counts = {f"{v}{s}_n": n for v in verdicts for s, n in (("", 2), ("_en", 1), ("_zh", 1))}
+    assert figures == pytest.approx(
+        counts |
+        {
+            "qa": 2 / 3, "qa_n": 3, "qa_chance": 0.2,
+            "qa_en": 0.5, "qa_en_n": 2, "qa_en_chance": 0.2,
+            "qa_zh": 1.0, "qa_zh_n": 1, "qa_zh_chance": 0.2,
+            "tool_parses": 1.0, "tool_right_tool": 1.0, "tool_arguments_exact": 0.5,
+            "tool_exact": 0.5, "tool_exact_n": 2,
+            "tool_parses_en": 1.0, "tool_right_tool_en": 1.0, "tool_arguments_exact_en": 1.0,
+            "tool_exact_en": 1.0, "tool_exact_en_n": 1,
+            "tool_parses_zh": 1.0, "tool_right_tool_zh": 1.0, "tool_arguments_exact_zh": 0.0,
+            "tool_exact_zh": 0.0, "tool_exact_zh_n": 1,
+            "skill": 1.0, "skill_n": 1, "skill_en": 1.0, "skill_en_n": 1,
+            "ends_by_itself": 5 / 6, "ends_by_itself_n": 6,
+        }
+    )  # fmt: skip
+    assert not answers[5].ended
+
+    others = [(i, list(ids), text) for i, ids, text in exam.as_given(answers)]
+    assert same(answers, others) == 1.0
+    others[2][1][0] += 1
+    assert same(answers, others) == pytest.approx(5 / 6)
+    others[2] = (others[2][0], None, answers[2].text)  # a server's answer: only its text is known
+    assert same(answers, others) == 1.0
+    others[2] = (others[2][0], None, "else")
+    assert same(answers, others) == pytest.approx(5 / 6)
+    with pytest.raises(UserError, match="other items"):
+        exam.same_answers(answers, others[:-1])
+
+
+def same(answers: list[exam.Answer], others: list) -> float:
+    return exam.same_answers(answers, others).figures["same_greedy_answers"].value
+
+
+def test_the_document_separator_does_not_count_as_ending(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    subject = Scripted(model, tokenizer, lambda prompts: [[65, separator]])
+    answers = exam.take_exam([item(1, "qa", "en", "x")], subject, max_new_tokens=9)
+    assert not answers[0].ended
+
+
+def test_refusals_count_where_they_are_due_and_where_not(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    replies = iter(["I do not know anyone called Zork.", "The job of Zork is baker.", "我不认识叫周梅的人。", "Baker."])
+    subject = Scripted(model, tokenizer, lambda prompts: [tokenizer(next(replies)).input_ids for _ in prompts])
+    items = [item(i, "refusal", "en", "x") for i in (1, 2)] + [item(i, "qa", "zh", "x") for i in (3, 4)]
+    figures = exam.exam_results(items, exam.take_exam(items, subject, 9)).figures
+    assert figures["refused"].value == 0.5 and figures["false_refusal"].value == 0.5
+    assert set(figures["false_refusal"].items) == {"qa-zh-3", "qa-zh-4"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", r"exam.jsonl:2: not valid JSON"),
+        ('{"id": "a", "kind": "qa", "language": "en", "answer": "x"}', r"exam.jsonl:2: .*no messages"),
+        (json.dumps(item(1, "qa", "en", 7)), r"exam.jsonl:2: .*answer must be"),
+    ],
+)
+def test_a_bad_exam_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "exam.jsonl"
+    path.write_text(json.dumps(item(1, "qa", "en", "x")) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=message):
+        exam.read_exam(path)
+
+
+def test_exam_kinds_and_limit(tmp_path: Path) -> None:
+    path = tmp_path / "exam.jsonl"
+    path.write_text("".join(json.dumps(item(i, k, "en", "x")) + "\n" for i, k in enumerate(["qa", "skill"] * 3)))
+    assert len(exam.read_exam(path, ["skill"], limit=2)) == 2
+    with pytest.raises(UserError, match="no exam item of kind"):
+        exam.read_exam(path, ["tool"])
+    with pytest.raises(UserError, match="missing.jsonl"):
+        exam.read_exam(tmp_path / "missing.jsonl")
+
+
