@@ -4,10 +4,13 @@ Both halves of the page are the same `Side`, with a conversation of its own, so 
 English or Chinese, as the browser prefers.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 import openai
@@ -16,6 +19,7 @@ from smolkit.clients import Endpoint, Message, Reply, parse_tools, stream_chat, 
 from smolkit.errors import UserError
 from smolkit.token_view import probabilities_html
 
+T = TypeVar("T")
 TOP_LOGPROBS = 5
 MAX_TOKENS = 4096
 EXAMPLES = ("Hello!", "What is photosynthesis?", "你好！", "什么是光合作用？")
@@ -126,16 +130,31 @@ def build_page(
                     clear = gr.Button(TEXTS("clear"), size="sm", min_width=50, elem_id="clear")
         gr.Examples([[text] for text in examples], [prompt], label=TEXTS("examples"), api_visibility="private")
         settings = _settings(tools, system, temperature)
-        running = []
+        inputs = [component for side in sides for component in side.inputs]
+        outputs = [component for side in sides for component in side.outputs]
+
+        def ask(prompt: str, *values: Any) -> Iterator[list[Any]]:
+            """Empties the box and lets both sides answer."""
+            yield ["", *[gr.skip()] * len(outputs)]
+            state, chosen = values[: len(inputs)], values[len(inputs) :]
+            per_side = zip(*[iter(state)] * (len(inputs) // len(sides)), strict=True)
+            streams = [side.ask(prompt, *own, *chosen) for side, own in zip(sides, per_side, strict=True)]
+            for number, view in together(streams):
+                views = [view if n == number else [gr.skip()] * len(sides[n].outputs) for n in range(len(sides))]
+                yield [gr.skip(), *itertools.chain(*views)]
+
+        # One event for both: gradio runs the events of one click one after the other.
+        asked = gr.on(
+            [send.click, prompt.submit], ask, [prompt, *inputs, *settings], [prompt, *outputs], **QUIET
+        )
+        running = [asked]
         for side in sides:
-            asked = [prompt, *side.inputs, *settings]
-            running.append(gr.on([send.click, prompt.submit], side.ask, asked, side.outputs, **QUIET))
             played = [side.result, *side.inputs, *settings]
             running.append(
                 gr.on([side.send_result.click, side.result.submit], side.play, played, side.outputs, **QUIET)
             )
+        for side in sides:
             gr.on([clear.click, side.chatbot.clear], side.cleared, None, side.outputs, cancels=running, **QUIET)
-        gr.on([send.click, prompt.submit], lambda: "", None, prompt, **QUIET)
         stop.click(None, None, None, cancels=running, **QUIET)
     return page.queue(default_concurrency_limit=8)
 
@@ -165,8 +184,9 @@ class Side:
         names = list(self.endpoints)
         with gr.Column(elem_id=id, min_width=360):
             self.model = gr.Dropdown(names, value=names[number], label=TEXTS("model"), interactive=len(names) > 1)
+            # Plain text: the page shows what the model wrote, and loads no picture that it names.
             self.chatbot = gr.Chatbot(
-                label=TEXTS("conversation"), height=380, layout="bubble", buttons=["copy"], feedback_options=None
+                label=TEXTS("conversation"), height=380, buttons=["copy"], feedback_options=None, render_markdown=False
             )
             with gr.Group(visible=False) as self.player:
                 self.result = gr.Textbox(label=TEXTS("result"), elem_id=f"{id}-result")
@@ -178,14 +198,14 @@ class Side:
         self.inputs = [self.model, self.conversation]
         self.outputs = [self.chatbot, self.conversation, self.panel, self.note, self.player, self.result]
 
-    def ask(self, prompt: str, name: str, messages: list[Message], *settings: Any) -> Iterator[list[Any]]:
+    def ask(self, prompt: str, name: str, messages: list[Message], *settings: Any) -> Generator[list[Any], None, None]:
         """Answer a prompt; blank ones are left alone."""
         if prompt.strip():
             yield from self._answer([*messages, {"role": "user", "content": prompt}], name, Settings(*settings))
         else:
             yield [gr.skip()] * len(self.outputs)
 
-    def play(self, result: str, name: str, messages: list[Message], *settings: Any) -> Iterator[list[Any]]:
+    def play(self, result: str, name: str, messages: list[Message], *settings: Any) -> Generator[list[Any], None, None]:
         """Take a tool's result; when no call waits any more, the model goes on."""
         call = waiting_calls(messages)[0]
         messages = [*messages, {"role": "tool", "tool_call_id": call["id"], "content": result}]
@@ -226,6 +246,42 @@ class Side:
         return [displayed(messages), messages, panel, summary(reply), gr.update(visible=bool(waiting)), result]
 
 
+def together(streams: Sequence[Generator[T, None, None]]) -> Iterator[tuple[int, T]]:
+    """(number of the stream, value) as values come, from streams that run in threads of their own.
+
+    Closing it closes them, each after its next value. The first exception ends all.
+    """
+    found: queue.Queue[tuple[int, T | None, Exception | None]] = queue.Queue()
+    closed = threading.Event()
+
+    def pump(number: int, stream: Generator[T, None, None]) -> None:
+        try:
+            with contextlib.closing(stream):
+                for value in stream:
+                    if closed.is_set():
+                        return
+                    found.put((number, value, None))
+        except Exception as error:  # raised again where the values are read
+            found.put((number, None, error))
+        else:
+            found.put((number, None, None))
+
+    for number, stream in enumerate(streams):
+        threading.Thread(target=pump, args=(number, stream), daemon=True).start()
+    try:
+        open_streams = len(streams)
+        while open_streams:
+            number, value, error = found.get()
+            if error is not None:
+                raise error
+            if value is None:
+                open_streams -= 1
+            else:
+                yield number, value
+    finally:
+        closed.set()
+
+
 def waiting_calls(messages: Sequence[Message]) -> list[Message]:
     """Tool calls of the last assistant message that have no result yet."""
     said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -247,25 +303,19 @@ def displayed(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         if message["role"] == "tool":
             name = names[message["tool_call_id"]]
-            shown.append(_thought(f"result of {name} · 工具结果", _block(message["content"])))
+            shown.append(_thought(f"result of {name} · 工具结果", message["content"]))
             continue
         if message["content"] or not message.get("tool_calls"):
             shown.append({"role": message["role"], "content": message["content"]})
         for call in message.get("tool_calls", []):
             names[call["id"]] = call["function"]["name"]
             title = f"tool call · 调用工具: {call['function']['name']}"
-            shown.append(_thought(title, _block(call["function"]["arguments"], "json")))
+            shown.append(_thought(title, call["function"]["arguments"]))
     return shown
 
 
 def _thought(title: str, content: str) -> Message:
     return {"role": "assistant", "content": content, "metadata": {"title": title}}
-
-
-def _block(text: str, language: str = "") -> str:
-    """A Markdown code block; its fence is longer than any in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def summary(reply: Reply) -> str:
