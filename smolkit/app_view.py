@@ -5,6 +5,7 @@ English or Chinese, as the browser prefers.
 """
 
 import contextlib
+import html
 import itertools
 import queue
 import threading
@@ -184,9 +185,8 @@ class Side:
         names = list(self.endpoints)
         with gr.Column(elem_id=id, min_width=360):
             self.model = gr.Dropdown(names, value=names[number], label=TEXTS("model"), interactive=len(names) > 1)
-            # Plain text: the page shows what the model wrote, and loads no picture that it names.
             self.chatbot = gr.Chatbot(
-                label=TEXTS("conversation"), height=380, buttons=["copy"], feedback_options=None, render_markdown=False
+                label=TEXTS("conversation"), height=380, buttons=[], feedback_options=None, render_markdown=False
             )
             with gr.Group(visible=False) as self.player:
                 self.result = gr.Textbox(label=TEXTS("result"), elem_id=f"{id}-result")
@@ -219,16 +219,14 @@ class Side:
         return self._view([], Reply())
 
     def _answer(self, messages: list[Message], name: str, settings: Settings) -> Iterator[list[Any]]:
-        reply = Reply()
-        yield self._view(messages, reply)
+        yield self._view(messages, Reply())
         try:
             for reply in self._replies(messages, name, settings):
                 yield self._view([*messages, reply.message()], reply)
         except (openai.APIError, UserError) as error:
-            # What was said so far is shown with the reason; the conversation stays as it was before the question.
-            view = self._view(messages, reply)
-            view[0] = [*displayed(messages), _thought("error · 错误", getattr(error, "message", None) or str(error))]
-            view[1] = messages[:-1]
+            # Shown and then forgotten: the conversation stays as it was before the question.
+            view = self._view(messages[:-1], Reply())
+            view[0] = [*displayed(messages), _box("error · 错误", getattr(error, "message", None) or str(error))]
             yield view
 
     def _replies(self, messages: list[Message], name: str, settings: Settings) -> Iterator[Reply]:
@@ -240,7 +238,8 @@ class Side:
 
     def _view(self, messages: list[Message], reply: Reply) -> list[Any]:
         """New values of `outputs`."""
-        waiting = waiting_calls(messages) if reply.finish_reason or not reply.content else []
+        ended = reply.finish_reason is not None or not reply.seconds
+        waiting = waiting_calls(messages) if ended else []
         result = gr.update(value="", info=called(waiting[0])) if waiting else gr.update(value="", info=None)
         panel = probabilities_html(reply.tokens)
         return [displayed(messages), messages, panel, summary(reply), gr.update(visible=bool(waiting)), result]
@@ -297,24 +296,27 @@ def called(call: Message) -> str:
 
 
 def displayed(messages: Sequence[Message]) -> list[Message]:
-    """The conversation as the chatbot shows it: tool calls and results are boxes with a title."""
+    """The conversation as the chatbot shows it: tool calls and results are boxes with a title.
+
+    The chatbot takes text for HTML. Escaped, it shows what the model wrote, and loads no picture that it names.
+    """
     shown: list[Message] = []
     names: dict[str, str] = {}
     for message in messages:
         if message["role"] == "tool":
-            name = names[message["tool_call_id"]]
-            shown.append(_thought(f"result of {name} · 工具结果", message["content"]))
+            shown.append(_box(f"result of {names[message['tool_call_id']]} · 工具结果", message["content"]))
             continue
         if message["content"] or not message.get("tool_calls"):
-            shown.append({"role": message["role"], "content": message["content"]})
+            shown.append({"role": message["role"], "content": html.escape(message["content"], quote=False)})
         for call in message.get("tool_calls", []):
-            names[call["id"]] = call["function"]["name"]
-            title = f"tool call · 调用工具: {call['function']['name']}"
-            shown.append(_thought(title, call["function"]["arguments"]))
+            function = call["function"]
+            names[call["id"]] = function["name"]
+            shown.append(_box(f"tool call · 调用工具: {function['name']}", function["arguments"]))
     return shown
 
 
-def _thought(title: str, content: str) -> Message:
+def _box(title: str, text: str) -> Message:
+    content, title = html.escape(text, quote=False), html.escape(title, quote=False)
     return {"role": "assistant", "content": content, "metadata": {"title": title}}
 
 
