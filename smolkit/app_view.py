@@ -186,7 +186,7 @@ class Side:
         with gr.Column(elem_id=id, min_width=360):
             self.model = gr.Dropdown(names, value=names[number], label=TEXTS("model"), interactive=len(names) > 1)
             self.chatbot = gr.Chatbot(
-                label=TEXTS("conversation"), height=380, buttons=[], feedback_options=None, render_markdown=False
+                label=TEXTS("conversation"), height=320, buttons=[], feedback_options=None, render_markdown=False
             )
             with gr.Group(visible=False) as self.player:
                 self.result = gr.Textbox(label=TEXTS("result"), elem_id=f"{id}-result")
