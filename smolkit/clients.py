@@ -166,7 +166,8 @@ def stream_chat(
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
     conversation: Any = [{"role": "system", "content": system}, *messages] if system else list(messages)
-    reply, start, calls = Reply(), time.monotonic(), {}
+    calls: dict[int, Message] = {}
+    reply, start = Reply(), time.monotonic()
     stream = endpoint.client.chat.completions.create(
         model=endpoint.model,
         messages=conversation,
