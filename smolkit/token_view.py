@@ -10,6 +10,7 @@ STYLE = """<style>
 .tokens {position: relative; font: 0.95rem/2.1 ui-monospace, "Noto Sans Mono CJK SC", monospace;
   overflow-wrap: anywhere}
 .tokens.probable {padding-bottom: 11em}
+.tokens.probable .text {max-height: 17em; overflow-y: auto}
 .tokens .token {padding: 0.15em 0; border-radius: 0.2em; white-space: pre-wrap; cursor: default;
   border-right: 1px solid rgba(128, 128, 128, 0.45)}
 .tokens .token:hover, .tokens .token:focus {outline: 1.5px solid currentColor}
@@ -37,7 +38,8 @@ def probabilities_html(tokens: Sequence[Token]) -> str:
     if not tokens:
         return ""
     hint = HINT if any(token.alternatives for token in tokens) else ""
-    return f'{STYLE}{SCALE}<div class="tokens probable">{"".join(map(_with_alternatives, tokens))}{hint}</div>'
+    text = "".join(map(_with_alternatives, tokens))
+    return f'{STYLE}{SCALE}<div class="tokens probable"><div class="text">{text}</div>{hint}</div>'
 
 
 def mask_html(texts: Iterable[str], mask: Iterable[int]) -> str:

@@ -153,6 +153,10 @@ def test_bad_arguments(likely: list[tuple[Likely, Endpoint]], tmp_path: Path, mo
         app.main(["--models", f"a={tmp_path / 'nothing'}"])
     with pytest.raises(UserError, match="none.json"):
         app.main(["--models", url, "--tools", str(tmp_path / "none.json")])
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match="pip install -r requirements-app.txt"):
+            app.main(["--models", url])
     monkeypatch.setenv("SMOLLM_MODELS", f"a={tmp_path}/x  http://127.0.0.1:9/v1")
     assert app.sources(None) == [f"a={tmp_path}/x", "http://127.0.0.1:9/v1"] and app.sources(["b"]) == ["b"]
     monkeypatch.delenv("SMOLLM_MODELS")
