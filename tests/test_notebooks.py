@@ -67,8 +67,14 @@ def test_notebooks_define_nothing_that_the_project_has(path: Path) -> None:
     assert not re.findall(r"^from \S+ import .*\b_\w+", source, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["00-intro", "01-implement-MiniLM", "02-build-tokenizer"])
-def test_the_quick_ones_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SLOW = pytest.mark.slow  # they start several programs
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["01-implement-MiniLM", pytest.param("00-intro", marks=SLOW), pytest.param("02-build-tokenizer", marks=SLOW)],
+)
+def test_the_short_ones_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """01 checks itself against smol_model.py in every other cell, 02 against the library."""
     text = execute(ROOT / "notebooks" / f"{name}.ipynb", tmp_path, monkeypatch)
     if name.startswith("01"):
