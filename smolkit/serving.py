@@ -1,6 +1,6 @@
 """What the serving scripts share: checking and loading a checkpoint directory, and running an application.
 
-`serve_hf.py`, `serve_vllm.py` and `chat.py` differ in the engine and in who talks to it, not in these.
+`serve_hf.py`, `serve_vllm.py` and `smolkit/clients.py` differ in the engine and in who talks to it, not in these.
 """
 
 import argparse

@@ -78,7 +78,7 @@ def test_conversation_in_the_terminal(root: Path, served: tuple[str, subprocess.
     command = [sys.executable, str(root / "chat.py"), *flags]
     result = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=root, timeout=120)
     assert result.returncode == 0 and result.stderr == ""
-    assert result.stdout.count("you> ") == 8 and "commands: /reset" in result.stdout
+    assert result.stdout.count("you> ") == 8 and "/reset         forget" in result.stdout
 
 
 def test_server_stops_cleanly(served: tuple[str, subprocess.Popen]) -> None:
