@@ -13,7 +13,6 @@ torchrun, accelerate launch and deepspeed; running the same command again contin
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from transformers import Trainer
 
@@ -22,7 +21,6 @@ from smolkit.checkpoints import (
     build_model,
     describe_model,
     document_end_id,
-    model_card,
     resolve_model,
     row_length,
 )
@@ -101,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress=progress,
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    facts = {"pretrained on": rows.summary, "steps": trainer.state.global_step}
+    facts = {"data": rows.summary, "steps": trainer.state.global_step}
     if rows.evaluation:
         facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per token"
-    finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))
+    finish(trainer, job.save_dtype, config, facts)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def make_tokenizer(pre_tokenizer: str = "qwen2") -> PreTrainedTokenizerFast:
 
 
 def build(directory: Path, case: str, tokenizer: PreTrainedTokenizerFast, **options) -> Path:
-    """A checkpoint in several files, with norms and biases that are not 1 and 0."""
+    """A checkpoint, in several files, with norms and biases that are not 1 and 0."""
     torch.manual_seed(0)
     ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     config = SmolConfig(**BASE | {"vocab_size": len(tokenizer) + PADDING} | ids | CASES[case] | options)
@@ -258,6 +258,27 @@ def test_tokenizer_types_ids_and_template(checkpoints, tokenizer, tmp_path):
     assert settings["tokenizer.ggml.add_bos_token"] is False and settings["tokenizer.ggml.add_eos_token"] is False
     assert settings["tokenizer.ggml.pre"] == "qwen2" and settings["tokenizer.ggml.model"] == "gpt2"
     assert "generation" not in settings["tokenizer.chat_template"].replace("add_generation_prompt", "")
+
+
+def qwen(samples: Path, directory: Path) -> PreTrainedTokenizerFast:
+    """Qwen2.5's tokenizer beside a small model with Qwen's padded embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(samples / "qwen2.5_tokenizer")
+    shape = {"vocab_size": 151_936, "hidden_size": 32, "num_attention_heads": 2, "tie_word_embeddings": True}
+    build(directory, "qwen2", tokenizer, **shape)
+    return tokenizer
+
+
+@pytest.mark.slow
+def test_the_padded_vocabulary_of_qwen(samples, tmp_path):
+    tokenizer = qwen(samples, tmp_path / "qwen")
+    write_gguf(tmp_path / "qwen", tmp_path / "model.gguf", "q8_0")
+    settings, found, _ = read(tmp_path / "model.gguf")
+    tokens = settings["tokenizer.ggml.tokens"]
+    assert len(tokens) == len(found["token_embd.weight"]) == 151_936 and len(set(tokens)) == 151_936
+    assert settings["tokenizer.ggml.suppress_tokens"] == list(range(len(tokenizer), 151_936))
+    assert settings["tokenizer.ggml.pre"] == "qwen2" and settings["tokenizer.ggml.add_bos_token"] is False
+    assert tokens[settings["tokenizer.ggml.eos_token_id"]] == tokenizer.eos_token
+    assert "TEMPLATE" not in modelfile(tmp_path / "model.gguf", tokenizer, 128)  # its own layout, not ours
 
 
 def test_a_tokenizer_that_begins_texts_says_so(tokenizer, tmp_path):
@@ -548,3 +569,17 @@ def test_llama_cpp_tokenises_and_renders_the_same(name, tmp_path):
     assert llama.token_eos() == tokenizer.eos_token_id and llama.token_bos() == tokenizer.pad_token_id
     formatter = Jinja2ChatFormatter(llama.metadata["tokenizer.chat_template"], eos_token="", bos_token="")
     assert formatter(messages=CONVERSATION).prompt == rendered
+
+
+@pytest.mark.slow
+@pytest.mark.llama_cpp
+def test_llama_cpp_tokenises_as_qwen(samples, tmp_path):
+    tokenizer = qwen(samples, tmp_path / "qwen")
+    write_gguf(tmp_path / "qwen", tmp_path / "model.gguf", "f32")
+    llama = open_in_llama_cpp(tmp_path / "model.gguf")
+    chat = [{"role": "user", "content": "Hi, 你好 123!"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    for text in [*TEXTS, rendered]:
+        assert llama.tokenize(text.encode(), special=True) == tokenizer(text).input_ids
+    llama.eval(tokenizer(rendered).input_ids)
+    assert llama.token_eos() == tokenizer.eos_token_id
