@@ -79,6 +79,11 @@ def model_card(directory: Path, facts: Mapping[str, Any] | None = None) -> str:
     if not adapter and not (directory / "config.json").is_file():
         raise UserError(f"{directory}: no model there: neither config.json nor adapter_config.json")
     left = _json(directory / "training_complete.json")
+    if facts is None and not left:
+        raise UserError(
+            f"{directory}: no finished run of this toolkit there (no training_complete.json); "
+            "what its card says now could not be said again"
+        )
     facts = dict(left.get("facts", {}) if facts is None else facts)
     settings, metrics = _json(directory / "run_settings.json"), _json(directory / "eval" / "metrics.json")
     datasets = facts.pop("datasets", None) or prepared_datasets(directory)

@@ -121,7 +121,7 @@ def test_findings_of_the_diagnosis_become_limits(runs, tmp_path):
     (directory / "config.json").write_text((runs / "base" / "config.json").read_text())
     findings = [{"level": "warning", "text": "Loss rose at the end."}, {"level": "good", "text": "Learned."}]
     (directory / "diagnosis.json").write_text(json.dumps({"findings": findings}))
-    text = model_card(directory)
+    text = model_card(directory, facts={})
     assert "- Loss rose at the end.\n" in text and "Learned" not in text
     assert "## Training" not in text and "## Data" not in text  # nothing is known, nothing is said
 
@@ -130,6 +130,9 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="no model there"):
         write_card(tmp_path)
     SmolConfig(vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        write_card(tmp_path)
+    (tmp_path / "training_complete.json").write_text('{"step": 1, "facts": {}}')
     (tmp_path / "run_settings.json").write_text("{broken")
     with pytest.raises(UserError, match="run_settings.json"):
         write_card(tmp_path)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,31 @@ def test_a_run_starts_at_the_dense_loss_and_continues_as_any_run(world, tmp_path
     train_pretrain.main(command)
     assert "checkpoint-2" in capsys.readouterr().out
     assert [file.read_bytes() for file in files] == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3", "experts"])
+def test_two_processes_start_at_the_same_loss(strategy, world, tmp_path):
+    more = ["--upcycle_from", f"{world}/llama", "--upcycle_experts", "4", "--per_device_train_batch_size", "1"]
+    more += ["--model_overrides", "router_aux_loss_coef=0", "router_z_loss_coef=0"]
+    more += {
+        "ddp": [],
+        "fsdp2": ["--fsdp", "full_shard"],
+        "zero3": ["--deepspeed", "accelerate_offload/ds_zero3.json"],
+        "experts": ["--expert_parallel_size", "2"],
+    }[strategy]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "train_pretrain.py", *arguments(world, tmp_path / "two", *more)]
+    result = subprocess.run(command, cwd=Path(train_pretrain.__file__).parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    train_pretrain.main(arguments(world, tmp_path / "one", "--base_model", f"{world}/llama", "--max_steps", "1"))
+    assert abs(losses(tmp_path / "two")[0] - losses(tmp_path / "one")[0]) < 1e-5
+    written = SmolForCausalLM.from_pretrained(tmp_path / "two")
+    assert written.config.native_type() == "mixtral"
+    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(2))
+    dense = SmolForCausalLM.from_pretrained(world / "llama")
+    change = (written(ids, labels=ids).loss - dense(ids, labels=ids).loss).abs()
+    assert 0 < change < 0.5  # four small steps away from the dense model, not random weights
 
 
 def test_the_plan_knows_the_new_shape(world, tmp_path, capsys):
