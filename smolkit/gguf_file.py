@@ -198,11 +198,14 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, rows: 
     if padding := [i for i in range(rows) if i not in known]:
         writer.add_array(SUPPRESS_TOKENS, padding)
     ends, automatic = chat_stop_ids(tokenizer), tokenizer("").input_ids
+    if not ends:
+        raise UserError(f"{source}: the tokenizer has no token that ends a text, and llama.cpp would never stop")
     # Without one llama.cpp takes entry 11. What separates documents in training is what a text begins after.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else document_end_id(tokenizer)
-    writer.add_bos_token_id(bos)
-    writer.add_add_bos_token(automatic[:1] == [bos])
-    writer.add_add_eos_token(automatic[-1:] == [tokenizer.eos_token_id] and len(automatic) > (automatic[0] == bos))
+    begins = automatic[:1] == [bos]
+    writer.add_bos_token_id(ends[0] if bos is None else bos)
+    writer.add_add_bos_token(begins)
+    writer.add_add_eos_token(automatic[begins:] == [tokenizer.eos_token_id])
     writer.add_eos_token_id(ends[0])
     writer.add_pad_token_id(tokenizer.pad_token_id)
     if IM_END in tokenizer.get_vocab():

@@ -388,6 +388,9 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(checkpoints, tmp_
 
     refused(changed("missing", lambda weights, key: weights.pop(key)), "parameters, but config.json says")
     refused(changed("foreign", lambda weights, key: weights.update(extra=weights[key].clone())), "extra has no place")
+    broken = changed("partial", lambda weights, key: None)
+    sorted(broken.glob("*.safetensors"))[-1].unlink()
+    refused(broken, "is missing, which model.safetensors.index.json names")
     refused(changed("large", lambda weights, key: weights[key][0].fill_(1e5)), "use --dtype bf16")
     refused(changed("broken", lambda weights, key: weights[key][0].fill_(float("nan"))), "not finite", "f32")
 
