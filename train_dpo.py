@@ -32,7 +32,7 @@ from smolkit.adapters import (
     merged_directory,
 )
 from smolkit.arguments import DpoArguments, DpoTrainingArguments, parse, refuse_spread_adapters
-from smolkit.checkpoints import build_model, describe_model, load_config, model_card, resolve_model, row_length
+from smolkit.checkpoints import build_model, describe_model, load_config, resolve_model, row_length
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
@@ -161,16 +161,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.add_callback(ReferenceCheck(trainer, torch.bfloat16 if args.bf16 else job.dtype))
     job.begin()
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    facts = {"aligned from": stage.model_path, "loss": loss, "beta": args.beta}
+    facts = {"aligned from": stage.model_path, "data": f"{len(pairs):,} pairs", "loss": loss, "beta": args.beta}
     if held_out:
         facts["validation preference accuracy"] = f"{trainer.last_evaluation()['eval_rewards/accuracies']:.3f}"
     for name in NOISE:
         setattr(model.config, name, getattr(config, name))
-    card = model_card(Path(args.output_dir).name, config, facts)
     if lora:
-        finish_adapter(trainer, card, merge)
+        finish_adapter(trainer, config, facts, merge)
     else:
-        finish(trainer, job.save_dtype, card)
+        finish(trainer, job.save_dtype, config, facts)
 
 
 if __name__ == "__main__":

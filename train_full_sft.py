@@ -11,7 +11,6 @@ launch and deepspeed; running the same command again continues an interrupted ru
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from trl import SFTTrainer
 
@@ -19,7 +18,6 @@ from smolkit.arguments import NewModelArguments, SftArguments, SftTrainingArgume
 from smolkit.checkpoints import (
     build_model,
     describe_model,
-    model_card,
     resolve_model,
     row_length,
 )
@@ -87,10 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress=progress,
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    facts = {"fine-tuned from": stage.base_model or "random weights", "steps": trainer.state.global_step}
+    start = stage.base_model or "random weights"
+    facts = {"fine-tuned from": start, "data": rows.summary, "steps": trainer.state.global_step}
     if rows.evaluation:
         facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per trained token"
-    finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))
+    finish(trainer, job.save_dtype, config, facts)
 
 
 if __name__ == "__main__":

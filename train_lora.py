@@ -9,7 +9,6 @@ accelerate launch and deepspeed; running the same command again continues an int
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from trl import SFTTrainer
 
@@ -17,7 +16,6 @@ from smolkit.adapters import Merge, build_base, check_quantised, finish_adapter,
 from smolkit.arguments import LoraArguments, LoraTrainingArguments, parse
 from smolkit.checkpoints import (
     describe_model,
-    model_card,
     resolve_model,
     row_length,
 )
@@ -91,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--lora_target {' '.join(stage.lora_target)}: {error}") from error
     job.begin()
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    facts = {"adapter for": stage.base_model, "rank": stage.lora_r, "steps": trainer.state.global_step}
+    facts = {"adapter for": stage.base_model, "data": rows.summary, "steps": trainer.state.global_step}
     if rows.evaluation:
         facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per trained token"
-    finish_adapter(trainer, model_card(Path(args.output_dir).name, config, facts), merge)
+    finish_adapter(trainer, config, facts, merge)
 
 
 if __name__ == "__main__":

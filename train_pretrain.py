@@ -3,6 +3,8 @@
   python train_pretrain.py --data_path data/pretrain/pretrain_data.jsonl --tokenizer_path tokenizer \\
       --model_size tiny --num_epochs 1 --output_dir output/pretrain
 
+--base_model DIR continues a checkpoint; --upcycle_from DIR makes a dense one a Mixture-of-Experts.
+
 Takes .jsonl ({"text": ...}), .txt and .parquet files, directories and globs, and keeps their token ids for later
 runs (--data_cache_dir). Documents are packed into rows of --block_size tokens and never attend to each other.
 Writes a complete Hugging Face directory, metrics.jsonl and timing.jsonl to --output_dir. Runs under python,
@@ -11,7 +13,6 @@ torchrun, accelerate launch and deepspeed; running the same command again contin
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from transformers import Trainer
 
@@ -20,7 +21,6 @@ from smolkit.checkpoints import (
     build_model,
     describe_model,
     document_end_id,
-    model_card,
     resolve_model,
     row_length,
 )
@@ -35,6 +35,7 @@ from smolkit.runs import open_job
 from smolkit.runtime import prepare
 from smolkit.shards import tokenized
 from smolkit.training import TokenLossMixin, TrainerMixin, finish
+from smolkit.upcycle import build_upcycled, resolve_upcycled
 
 
 class PretrainTrainer(ExpertParallelMixin, TokenLossMixin, TrainerMixin, Trainer):
@@ -47,12 +48,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         dry_run("pretrain", stage, args, new)
         return
     prepare(args.seed, stage.threads)
-    config, tokenizer, tokenizer_path = resolve_model(
-        stage.base_model, new, stage.tokenizer_path, stage.tokenizer_type, chat=False
-    )
+    start, build = stage.base_model, build_model
+    if stage.upcycle_from:
+        start, build = stage.upcycle_from, partial(build_upcycled, noise=stage.upcycle_noise or 0.0)
+        config, tokenizer, tokenizer_path = resolve_upcycled(stage, new)
+    else:
+        config, tokenizer, tokenizer_path = resolve_model(
+            start, new, stage.tokenizer_path, stage.tokenizer_type, chat=False
+        )
     block_size = row_length(stage.block_size, 512, config, "--block_size")
     check_expert_parallel(stage.expert_parallel_size, config, args)
-    job = open_job(stage, args, PRETRAIN_SUFFIXES, [tokenizer_path, stage.base_model], new_model=vars(new))
+    job = open_job(stage, args, PRETRAIN_SUFFIXES, [tokenizer_path, start], new_model=vars(new))
     if job.finished:
         return
     progress = watch(stage, tokenizer, config, chat=False)
@@ -70,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job.announce(
         {
             "model": describe_model(config),
-            "weights": f"{stage.base_model or 'random'}, trained in {job.dtype}",
+            "weights": f"{start or 'random'}, trained in {job.dtype}",
             "data": rows.summary,
             "validation": f"{len(rows.evaluation):,} rows" if rows.evaluation else "none",
             "processes": job.processes(),
@@ -79,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     prepare(args.seed)  # random weights depend on the seed, not on what ran before
-    with whole_model(stage.expert_parallel_size > 1):
-        model = build_model(config, stage.base_model, job.dtype, stage.attn_implementation)
+    with whole_model(stage.expert_parallel_size > 1 or bool(stage.upcycle_from)):
+        model = build(config, start, job.dtype, stage.attn_implementation)
     spread_experts(model, stage.expert_parallel_size, args)
     job.begin()
     trainer = PretrainTrainer(
@@ -93,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress=progress,
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    facts = {"pretrained on": rows.summary, "steps": trainer.state.global_step}
+    facts = {"data": rows.summary, "steps": trainer.state.global_step}
     if rows.evaluation:
         facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per token"
-    finish(trainer, job.save_dtype, model_card(Path(args.output_dir).name, config, facts))
+    finish(trainer, job.save_dtype, config, facts)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,27 @@ def merged_directory(stage: AdapterArguments, output_dir: str) -> str | None:
     return stage.merged_dir or (f"{output_dir.rstrip('/')}-merged" if stage.merge else None)
 
 
+def write_merged(
+    directory: str | Path,
+    base: str | Path,
+    adapter: str | Path,
+    config: SmolConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: torch.dtype,
+) -> None:
+    """Write `base` with the adapter added to its weights, in fp32 and from the files: only the final rounding is lost.
+
+    `UserError` when the adapter does not fit.
+    """
+    model = build_model(config, base, torch.float32)
+    try:
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{adapter}: does not fit {base}: {' '.join(str(error).split())[:300]}") from error
+    card = model_card(Path(directory).name, config, {"base": base, "adapter": adapter})
+    save_final(merged, merged.state_dict(), tokenizer, directory, dtype, card)
+
+
 @dataclass(frozen=True)
 class Merge:
     """What --merge asks for: a base model with an adapter added to its weights, in `directory`; None asks nothing."""
@@ -102,13 +123,10 @@ class Merge:
     dtype: torch.dtype
 
     def write(self) -> None:
-        """Add the adapter in fp32 and from the files: only the final rounding is lost."""
+        """Write it and say so."""
         if self.directory is None:
             return
-        model = build_model(self.config, self.base, torch.float32)
-        merged = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
-        card = model_card(Path(self.directory).name, self.config, {"base": self.base, "adapter": self.adapter})
-        save_final(merged, merged.state_dict(), self.tokenizer, self.directory, self.dtype, card)
+        write_merged(self.directory, self.base, self.adapter, self.config, self.tokenizer, self.dtype)
         print(f"merged model in {self.directory}")
 
     def write_if_missing(self) -> None:
@@ -117,10 +135,13 @@ class Merge:
             self.write()
 
 
-def finish_adapter(trainer: Any, card: str, merge: Merge) -> None:
-    """Write the adapter's directory, mark the run as finished, merge (call it on all processes)."""
-    save_adapter(trainer, card)
+def finish_adapter(trainer: Any, config: SmolConfig, facts: dict[str, Any], merge: Merge) -> None:
+    """Write the adapter's directory, mark the run as finished, merge (call it on all processes).
+
+    config: of the base. facts: of the run, for its model card.
+    """
+    save_adapter(trainer, model_card(Path(trainer.args.output_dir).name, config, facts))
     if trainer.args.should_save:
-        complete(trainer.args, trainer.state.global_step)
+        complete(trainer.args, trainer.state.global_step, config, facts)
         merge.write()
     leave(trainer)

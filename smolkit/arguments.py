@@ -205,7 +205,40 @@ class NewModelArguments:
 
 
 @dataclass
-class PretrainArguments(StageArguments):
+class UpcycleArguments:
+    """A Mixture-of-Experts started from a dense checkpoint (arXiv:2212.05055)."""
+
+    upcycle_from: str | None = option(
+        None, "Start a Mixture-of-Experts from this dense checkpoint directory: every expert is a copy of its MLP."
+    )
+    upcycle_experts: int | None = option(None, "Experts per layer. Default: 8.")
+    upcycle_top_k: int | None = option(None, "Experts per token, at least 2. Default: 2.")
+    upcycle_noise: float | None = option(
+        None, "Noise on each expert, as a share of its weights' standard deviation. Default: 0, exact copies."
+    )
+
+    def upcycle_shape(self) -> tuple[int, int]:
+        """(experts, experts per token)."""
+        given = (self.upcycle_experts, self.upcycle_top_k)
+        return tuple(default if value is None else value for value, default in zip(given, (8, 2), strict=True))
+
+    def validate_upcycle(self) -> None:
+        """Raise `UserError` for values that contradict each other or cannot work."""
+        for name in ("upcycle_experts", "upcycle_top_k", "upcycle_noise"):
+            if self.upcycle_from is None and getattr(self, name) is not None:
+                raise UserError(f"--{name} needs --upcycle_from: the dense checkpoint to start from")
+        experts, chosen = self.upcycle_shape()
+        if not 2 <= chosen <= experts:
+            raise UserError(
+                f"--upcycle_top_k {chosen} must be between 2 and the {experts} of --upcycle_experts: a single expert's "
+                "weight cannot be renormalised, so that the model would not start as the dense one"
+            )
+        if self.upcycle_noise is not None and self.upcycle_noise < 0:
+            raise UserError(f"--upcycle_noise {self.upcycle_noise} must not be negative")
+
+
+@dataclass
+class PretrainArguments(StageArguments, UpcycleArguments):
     """train_pretrain.py"""
 
     base_model: str | None = option(None, "Continue from this checkpoint directory instead of random weights.")
@@ -222,6 +255,9 @@ class PretrainArguments(StageArguments):
 
     def validate(self) -> None:
         super().validate()
+        self.validate_upcycle()
+        if self.base_model and self.upcycle_from:
+            raise UserError("--base_model and --upcycle_from contradict each other; leave one out")
         if self.block_size is not None and self.block_size < 8:
             raise UserError(f"--block_size {self.block_size} must be at least 8")
 

@@ -116,9 +116,7 @@ def new_config(
     unknown = [name for name in overrides if name not in SmolConfig.__dataclass_fields__]
     if unknown:
         raise UserError(f"--model_overrides {unknown[0]}: no such field; see SmolConfig in smol_model.py")
-    # 0 on the command line is an int; the native configurations insist on floats, at the very end, when they are saved.
-    exact = {name: float(v) for name, v in overrides.items() if _is_float(name) and type(v) is int}
-    overrides = overrides | exact
+    overrides = with_floats(overrides)
     entries = vocab_size or len(tokenizer)
     if entries < len(tokenizer):
         raise UserError(f"--vocab_size {entries} is less than the {len(tokenizer)} entries of the tokenizer")
@@ -132,6 +130,14 @@ def new_config(
         return preset_config(preset, **{"vocab_size": entries, **ids, **overrides})
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def with_floats(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The same fields of `SmolConfig`, an int given for a float made one.
+
+    0 on the command line is an int; the native configurations insist on floats, at the very end, when they are saved.
+    """
+    return {name: float(v) if _is_float(name) and type(v) is int else v for name, v in overrides.items()}
 
 
 def _is_float(name: str) -> bool:

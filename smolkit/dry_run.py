@@ -32,6 +32,7 @@ from smolkit.errors import UserError
 from smolkit.planner import GB, Work, amount, short
 from smolkit.runs import sharding_engine
 from smolkit.runtime import has_accelerator, supports_bf16
+from smolkit.upcycle import upcycled_config
 
 SAMPLE_ROWS = 200  # looked at in each file
 BYTES_PER_TOKEN = 4.0  # without a tokenizer: English text in a BPE of some 50,000 entries
@@ -132,7 +133,8 @@ def find_tokenizer(stage: StageArguments, missing: list[str]) -> Any:
 
 def _start(stage: StageArguments) -> str | None:
     """The checkpoint a run starts from."""
-    return getattr(stage, "base_model", None) or getattr(stage, "model_path", None)
+    names = ("base_model", "model_path", "upcycle_from")
+    return next(filter(None, (getattr(stage, name, None) for name in names)), None)
 
 
 def find_config(
@@ -141,7 +143,8 @@ def find_config(
     """The configuration of the checkpoint or of the new model; of --plan_model where the checkpoint is missing."""
     start = _start(stage)
     if start and (Path(start) / "config.json").is_file():
-        return SmolConfig.from_pretrained(start)
+        found = SmolConfig.from_pretrained(start)
+        return upcycled_config(found, stage, new.overrides()) if getattr(stage, "upcycle_from", None) else found
     if start:
         missing.append(f"model: {start} is not there (yet)")
     size = (new.model_size if new is not None else None) or stage.plan_model

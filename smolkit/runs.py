@@ -20,7 +20,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
+from smol_model import SmolConfig
 from smolkit.arguments import PlanArguments, StageArguments
+from smolkit.checkpoints import describe_model
 from smolkit.doctor import expand_paths, validation_path
 from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError
@@ -34,6 +36,7 @@ from smolkit.manifest import (
     problem,
     step_of,
 )
+from smolkit.model_card import prepared_datasets, write_card
 from smolkit.parallel import fsdp_version
 from smolkit.run_report import REPORT_FILES, RUN_FILES, write_report
 from smolkit.runtime import compute_dtype
@@ -141,12 +144,14 @@ def open_job(
     return Job(args, files, eval_files, dtype, save_dtype, settings, finished, checkpoint)
 
 
-def complete(args: TrainingArguments, step: int) -> None:
-    """Leave the arguments as JSON, the report with its verdict, and the mark of a finished run."""
+def complete(args: TrainingArguments, step: int, config: SmolConfig, facts: dict[str, Any]) -> None:
+    """Leave the arguments as JSON, the report with its verdict, the model card, and the mark of a finished run."""
     directory = Path(args.output_dir)
+    facts = {"model": describe_model(config), "datasets": prepared_datasets(directory), **facts}
     write_json(directory / "training_arguments.json", json.loads(args.to_json_string()))
     print(write_report(directory, finished=True), flush=True)
-    write_json(directory / COMPLETE_FILE, {"step": step})
+    write_card(directory, facts)
+    write_json(directory / COMPLETE_FILE, {"step": step, "facts": facts})
 
 
 def leave(trainer: Any) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
-from smolkit.checkpoints import save_final
+from smolkit.checkpoints import model_card, save_final
 from smolkit.errors import UserError
 from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
@@ -328,17 +329,21 @@ def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
     return state
 
 
-def finish(trainer: TrainerMixin, dtype: torch.dtype, card: str) -> None:
+def finish(trainer: TrainerMixin, dtype: torch.dtype, config: SmolConfig, facts: dict[str, Any]) -> None:
     """End a run: its final directory, then the process group (call it on all processes)."""
-    write_final(trainer, dtype, card)
+    write_final(trainer, dtype, config, facts)
     leave(trainer)
 
 
-def write_final(trainer: TrainerMixin, dtype: torch.dtype, card: str) -> None:
-    """Write the complete final directory and mark the run as finished (weights on the main process only)."""
+def write_final(trainer: TrainerMixin, dtype: torch.dtype, config: SmolConfig, facts: dict[str, Any]) -> None:
+    """Write the complete final directory and mark the run as finished (weights on the main process only).
+
+    facts: of the run, for its model card.
+    """
     state = final_weights(trainer)
     if trainer.args.should_save:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        card = model_card(Path(trainer.args.output_dir).name, config, facts)
         save_final(model, state, trainer.processing_class, trainer.args.output_dir, dtype, card)
-        complete(trainer.args, trainer.state.global_step)
+        complete(trainer.args, trainer.state.global_step, config, facts)
     trainer.accelerator.wait_for_everyone()

@@ -226,7 +226,7 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
     whole = trainer_for(strategy, "resume", size, f"{output}/run", **saving)
     whole.train()
     expected, checkpoint = final_weights(whole), f"{output}/run/checkpoint-2"
-    write_final(whole, torch.float32, "card")
+    write_final(whole, torch.float32, whole.model.config, {})
 
     again = trainer_for(strategy, "resume", size, f"{output}/again")
     again.train(resume_from_checkpoint=checkpoint)

@@ -1,0 +1,404 @@
+"""export.py as a user runs it: files and directories that others read, adapters merged, the hub (a server on this
+machine that answers as the hub does), and foreign checkpoints coming in."""
+
+import base64
+import hashlib
+import json
+import shutil
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import gguf
+import huggingface_hub
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import export
+import train_pretrain
+from smol_model import NATIVE_ARCHITECTURES, SmolConfig, SmolForCausalLM
+from smolkit.chat import add_chat_tokens, save_tokenizer
+from smolkit.checkpoints import set_generation_config
+from smolkit.errors import UserError
+from smolkit.export import final_files
+from smolkit.tokenizer import train_bpe
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CASES = {
+    "llama": {},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": True, "tie_word_embeddings": False},
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS | {"qk_norm": True},
+}
+SLOW_CASES = [pytest.param(case, marks=pytest.mark.slow) for case in ("qwen2", "qwen3", "qwen3_moe")]
+WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
+
+
+def lines(count: int, seed: int) -> list[str]:
+    picks = torch.randint(0, len(WORDS), (count, 14), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [" ".join(WORDS[i] for i in row) for row in picks]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A checkpoint of every architecture, an adapter for the first, text."""
+    root = tmp_path_factory.mktemp("export")
+    tokenizer = train_bpe(lines(200, 1), 320, "qwen2", True, ())
+    add_chat_tokens(tokenizer)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    for case, options in CASES.items():
+        torch.manual_seed(0)
+        model = SmolForCausalLM(SmolConfig(**SHAPE | options | ids, vocab_size=len(tokenizer)))
+        set_generation_config(model, tokenizer)
+        model.save_pretrained(root / case)
+        save_tokenizer(tokenizer, root / case)
+        (root / case / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A model\n")
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(SmolForCausalLM.from_pretrained(root / "llama"), lora).save_pretrained(root / "adapter")
+    (root / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines(60, 0)))
+    return root
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model.eval()(ids).logits.float()
+
+
+# --- going out ----------------------------------------------------------------------------------------------
+
+
+def test_gguf_and_modelfile_by_the_command(world, tmp_path, run_script):
+    arguments = ("--model_path", world / "llama", "--format", "gguf", "--output", tmp_path / "m.gguf")
+    shown = run_script("export.py", *arguments)
+    assert "m.gguf: 20 tensors" in shown.stdout and "ollama create" in shown.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "m.gguf"]
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert types == {"F16", "F32"}
+    modelfile = (tmp_path / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./m.gguf\n") and "PARAMETER num_ctx 64\n" in modelfile
+
+
+def test_an_adapter_is_merged_into_either_format(world, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(world / "llama")
+    expected = logits(PeftModel.from_pretrained(base, world / "adapter"))
+    common = ["--model_path", f"{world}/llama", "--adapter", f"{world}/adapter", "--dtype", "f32"]
+    export.main([*common, "--format", "safetensors", "--output", f"{tmp_path}/merged"])
+    export.main([*common, "--format", "gguf", "--output", f"{tmp_path}/file/m.gguf"])
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(native), expected, atol=1e-4, rtol=1e-4)
+    file = AutoModelForCausalLM.from_pretrained(tmp_path / "file", gguf_file="m.gguf")
+    torch.testing.assert_close(logits(file), expected, atol=1e-4, rtol=1e-4)
+    assert (logits(AutoModelForCausalLM.from_pretrained(world / "llama")) - expected).abs().max() > 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "merged"]  # no traces of the way there
+    assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["Modelfile", "m.gguf"]
+    names = {field.name: field for field in gguf.GGUFReader(tmp_path / "file" / "m.gguf").fields.values()}
+    assert names["general.name"].contents() == "adapter"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_another_dtype_is_a_complete_directory(case, world, tmp_path):
+    export.main(["--model_path", f"{world}/{case}", "--format", "safetensors", "--output", f"{tmp_path}/bf16"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype="auto")
+    assert model.dtype == torch.bfloat16 and type(model).__name__ == NATIVE_ARCHITECTURES[case]
+    source = load_file(world / case / "model.safetensors")
+    found = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert found.keys() == source.keys()
+    assert all(torch.equal(found[name], value.to(torch.bfloat16)) for name, value in source.items())
+    assert "converted from" in (tmp_path / "bf16" / "README.md").read_text()
+    assert model.generation_config.eos_token_id == AutoModelForCausalLM.from_pretrained(
+        world / case
+    ).generation_config.eos_token_id
+    assert AutoTokenizer.from_pretrained(tmp_path / "bf16").chat_template
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--format gguf", "belong together"),
+        ("--output x.gguf", "nothing to do"),
+        ("--format gguf --output x.bin", "ends in .gguf"),
+        ("--format safetensors --output x --dtype q8_0", "is a type of gguf"),
+        ("--format safetensors --output x --bits 8", "--bits 8 is for"),
+        ("--format compressed-tensors --output x --dtype f16", "takes --bits"),
+        ("--card --private", "--private needs"),
+        ("--push_to_hub a/b --adapter x", "need --format"),
+        ("--format gguf --output x.gguf --adapter nowhere", "not a PEFT adapter"),
+        ("--format safetensors --output {world}/llama", "is in use"),
+        ("--format gguf --output x.gguf --model_path {world}/adapter", "merge it first"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(arguments, words, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        export.main(["--model_path", f"{world}/llama", *arguments.format(world=world).split()])
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_adapter_that_does_not_fit_is_refused(world, tmp_path):
+    config = json.loads((world / "adapter" / "adapter_config.json").read_text())
+    shutil.copytree(world / "adapter", tmp_path / "other")
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["nothing_proj"]}))
+    with pytest.raises(UserError, match="does not fit"):
+        arguments = f"--model_path {world}/llama --adapter {tmp_path}/other --output {tmp_path}/out"
+        export.main([*arguments.split(), "--format", "safetensors"])
+    assert not (tmp_path / "out").exists()
+
+
+# --- the hub ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hub:
+    """A model repository that takes uploads: `files` by path, what was created, the token that has to come along."""
+
+    url: str = ""
+    token: str = "hf_secret"
+    created: list[dict] = field(default_factory=list)
+    stored: dict[str, bytes] = field(default_factory=dict)  # large files by their hash
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, status: int, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.stored[self.path.rpartition("/")[2]] = body
+        self.answer(200, {})
+
+    def do_POST(self) -> None:
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.answer(401, {"error": "Invalid credentials"})
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            self.hub.created.append(wanted)
+            return self.answer(200, {"url": f"{self.hub.url}/{wanted['organization']}/{wanted['name']}"})
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if "/preupload/" in path:
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".gguf")) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": modes})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                item | {"actions": {"upload": {"href": f"{self.hub.url}/upload/{item['oid']}"}}}
+                for item in json.loads(body)["objects"]
+            ]
+            return self.answer(200, {"objects": objects, "transfer": "basic"})
+        if "/commit/" in path:
+            return self.commit(path, body)
+        return self.answer(404, {"error": path})
+
+    def commit(self, path: str, body: bytes) -> None:
+        for row in map(json.loads, body.splitlines()):
+            value = row["value"]
+            if row["key"] == "file":
+                self.hub.files[value["path"]] = base64.b64decode(value["content"])
+            elif row["key"] == "lfsFile":
+                self.hub.files[value["path"]] = self.hub.stored[value["oid"]]
+        repo = "/".join(path.split("/")[3:5])
+        self.answer(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{'1' * 40}", "commitOid": "1" * 40})
+
+    def do_GET(self) -> None:
+        self.answer(404, {"error": self.path})
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[Hub]:
+    """The library is told at import where the hub is; here it is told anew."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OurHandler", (Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def finished(world, tmp_path) -> Path:
+    """A final directory as training leaves it, checkpoints, logs and traces of a broken writing included."""
+    directory = tmp_path / "run"
+    shutil.copytree(world / "llama", directory)
+    for name in ("checkpoint-3/model.safetensors", "checkpoint-3/optimizer.pt", ".writing/model.safetensors"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(b"state")
+    for name in ("metrics.jsonl", "run_settings.json", "training_arguments.json", "curves.png", "report.html"):
+        (directory / name).write_text("{}")
+    (directory / "eval").mkdir()
+    (directory / "eval" / "metrics.json").write_text("{}")
+    (directory / "eval" / "answers.jsonl").write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_only_the_final_files_reach_the_hub(private, hub, finished, capsys):
+    export.main(["--model_path", str(finished), "--push_to_hub", "me/model", *["--private"] * private])
+    assert [(c["organization"], c["name"]) for c in hub.created] == [("me", "model")]
+    assert ("private" in json.dumps(hub.created)) == private
+    expected = final_files(finished)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "curves.png", "eval/metrics.json"} < set(
+        expected
+    )
+    assert sorted(hub.files) == expected
+    for name in expected:
+        assert hashlib.sha256(hub.files[name]).digest() == hashlib.sha256((finished / name).read_bytes()).digest()
+    assert f"{hub.url}/me/model ({len(expected)} files)" in capsys.readouterr().out
+
+
+def test_what_was_written_is_what_is_uploaded(hub, world, tmp_path):
+    (tmp_path / "README.md").write_text("not part of the model")
+    (tmp_path / "other.gguf").write_text("not part of the model")
+    arguments = ["--format", "gguf", "--output", f"{tmp_path}/m.gguf", "--push_to_hub", "me/model-gguf"]
+    export.main(["--model_path", f"{world}/llama", *arguments])
+    assert sorted(hub.files) == ["Modelfile", "m.gguf"]
+    assert hub.files["m.gguf"] == (tmp_path / "m.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("token", "constants", "repo", "words"),
+    [
+        ("", {}, "me/model", "no token of the hub; run `hf auth login` or set HF_TOKEN"),
+        ("hf_wrong", {}, "me/model", "--push_to_hub me/model: .*401"),
+        ("hf_secret", {"HF_HUB_OFFLINE": True}, "me/model", "HF_HUB_OFFLINE is set"),
+        ("hf_secret", {"ENDPOINT": "http://127.0.0.1:9"}, "me/model", "--push_to_hub me/model: .*refused"),
+        ("hf_secret", {}, "me/mo del", "--push_to_hub me/mo del: "),
+    ],
+)
+def test_what_a_user_sees_when_the_upload_cannot_be(token, constants, repo, words, hub, finished, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(finished / "none"))  # not the tester's own
+    for name, value in constants.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    with pytest.raises(UserError, match=words) as caught:
+        export.main(["--model_path", str(finished), "--push_to_hub", repo])
+    assert "\n" not in str(caught.value)
+    assert hub.files == {}
+
+
+# --- coming in ----------------------------------------------------------------------------------------------
+
+
+def as_an_older_library_wrote(directory: Path) -> None:
+    """As transformers 4 left a directory: rope_theta and torch_dtype at the top level, buffers among the weights."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": config.pop("dtype")}
+    config |= {"transformers_version": "4.40.0"}
+    path.write_text(json.dumps(config))
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(4.0)
+    if config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+def foreign(world: Path, case: str, directory: Path) -> tuple[Path, Path]:
+    """A bf16 checkpoint twice: in several files by transformers itself, and as an older version wrote it."""
+    model = AutoModelForCausalLM.from_pretrained(world / case, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(world / case)
+    sharded, old = directory / "sharded", directory / "old"
+    for path, options in ((sharded, {"max_shard_size": "20KB"}), (old, {})):
+        model.save_pretrained(path, **options)
+        tokenizer.save_pretrained(path)
+    as_an_older_library_wrote(old)
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    return sharded, old
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_foreign_layouts_are_read_alike(case, world, tmp_path):
+    expected = logits(AutoModelForCausalLM.from_pretrained(world / case, dtype=torch.bfloat16).float())
+    contents = []
+    for path in foreign(world, case, tmp_path):
+        model = SmolForCausalLM.from_pretrained(path)
+        assert model.dtype == torch.bfloat16 and model.config.rope_parameters["rope_theta"] == 1e4
+        torch.testing.assert_close(logits(model.float()), expected, atol=1e-4, rtol=1e-4)
+        export.main(f"--model_path {path} --format gguf --dtype bf16 --output {path}.gguf".split())
+        contents.append({t.name: t.data.tobytes() for t in gguf.GGUFReader(f"{path}.gguf").tensors})
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral", *SLOW_CASES])
+def test_a_foreign_checkpoint_is_a_base_model(case, world, tmp_path):
+    first = []
+    for path in foreign(world, case, tmp_path):
+        train_pretrain.main(
+            f"""--data_path {world}/text.jsonl --block_size 32 --per_device_train_batch_size 2 --max_steps 1
+            --logging_steps 1 --weights_dtype fp32 --data_cache_dir {world}/cache --base_model {path}
+            --output_dir {path}-out""".split()
+        )
+        first.append(json.loads(Path(f"{path}-out", "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert first[0] == first[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: llama, qwen2, qwen3, mixtral, qwen3_moe"),
+        ({"sliding_window": 16}, "sliding_window=16"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ],
+)
+def test_other_architectures_are_refused_in_one_line(change, words, world, tmp_path):
+    shutil.copytree(world / "mixtral", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        train_pretrain.main(
+            f"--data_path {world}/text.jsonl --base_model {tmp_path}/model --output_dir {tmp_path}/out".split()
+        )
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=words.split(";")[0]):
+        export.main(f"--model_path {tmp_path}/model --format gguf --output {tmp_path}/m.gguf".split())
+    assert [item.name for item in tmp_path.iterdir()] == ["model"]
+
+
+def test_pickled_weights_are_refused(world, tmp_path):
+    shutil.copytree(world / "llama", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no safetensors weights"):
+        export.main(f"--model_path {tmp_path}/model --format gguf --output {tmp_path}/m.gguf".split())
