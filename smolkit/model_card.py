@@ -9,18 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import ModelCardData
 
 from smol_model import SmolConfig
 from smolkit.checkpoints import describe_model
 from smolkit.errors import UserError
+from smolkit.evaluation.results import evaluation_section, model_index
 from smolkit.files import atomic_writer
 from smolkit.report import read_rows
 from smolkit.run_report import RUN_FILES, SAMPLES, cards, read_run
 
 CARD = "README.md"
-# The section that eval_model.py replaces when it measures anew.
-EVALUATION = ("<!-- evaluation:begin -->", "<!-- evaluation:end -->")
 SETTINGS = {
     "base_model": "started from",
     "model_path": "started from",
@@ -108,27 +108,15 @@ def front_matter(
     """The metadata the hub reads, as YAML."""
     adapter = (directory / "adapter_config.json").is_file()
     kind = about.partition(",")[0]
-    data = metrics.get("data", {})
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="custom",
-            dataset_name=data.get(figure, "evaluation"),
-            dataset_config=data.get(figure),  # results of one type and configuration would share one name
-            metric_type=figure,
-            metric_name=figure,
-            metric_value=value,
-        )
-        for figure, value, _ in figures(metrics)
-    ]
-    return ModelCardData(
+    head = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[kind] + ["mixture-of-experts"] * (kind in ("mixtral", "qwen3_moe")) + ["lora"] * adapter,
         datasets=list(datasets) or None,
-        model_name=name if results else None,
-        eval_results=results or None,
-    ).to_yaml()
+    ).to_dict()
+    if index := model_index(metrics, name):
+        head["model-index"] = index
+    return yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip()
 
 
 def prepared_datasets(directory: Path) -> list[str]:
@@ -179,28 +167,6 @@ def _samples(directory: Path) -> str:
         for row in last
     ]  # fmt: skip
     return f"## Samples\n\nGreedy, at step {last[0]['step']:,}.\n\n" + table(("prompt", "answer"), quoted)
-
-
-def evaluation_section(metrics: Mapping[str, Any]) -> str:
-    """The contents of eval/metrics.json as a table, between the marks by which eval_model.py finds it."""
-    intervals, shares = metrics.get("intervals", {}), metrics.get("shares", ())
-    rows = []
-    for name, value, count in figures(metrics):
-        scale = 100 if name in shares else 1
-        low_high = " – ".join(number(scale * edge) for edge in intervals.get(name, ()))
-        rows.append((name, number(scale * value) + " %" * (scale == 100), low_high, count))
-    heads = ("figure", "value", "interval", "items")
-    return f"{EVALUATION[0]}\n## Evaluation\n\n{table(heads, rows)}\n{EVALUATION[1]}"
-
-
-def figures(metrics: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-    """(name, value, number of items) of the measurements in a metrics.json."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    return [
-        (name, value, f"{numbers[f'{name}_n']:,}" if f"{name}_n" in numbers else "")
-        for name, value in numbers.items()
-        if not (name.endswith("_n") and name.removesuffix("_n") in numbers) and name != "seconds"
-    ]
 
 
 def limits(

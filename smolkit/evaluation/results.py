@@ -175,6 +175,7 @@ def model_index(metrics: Mapping[str, Any], model_name: str) -> list[dict[str, A
             task_type="text-generation",
             dataset_type="custom",
             dataset_name=metrics.get("data", {}).get(name, "evaluation"),
+            dataset_config=metrics.get("data", {}).get(name),  # results of one type and configuration share one name
             metric_type=name,
             metric_value=metrics[name],
             metric_name=name,
