@@ -76,6 +76,7 @@ def worker(model: str, strategy: str, output: str) -> None:
     """One rank: a few steps, then its peak above the base into a file."""
     from smolkit.arguments import PretrainTrainingArguments
     from smolkit.packing import PackedCollator
+    from smolkit.runs import join_deepspeed
     from train_pretrain import PretrainTrainer
 
     torch.manual_seed(0)
@@ -91,6 +92,8 @@ def worker(model: str, strategy: str, output: str) -> None:
         **engine_arguments(strategy),
     )
     _ = args.device  # reading it opens the process group
+    if args.deepspeed_plugin:
+        join_deepspeed()  # as the scripts do; DeepSpeed would compile a kernel first
     tokens = torch.randint(0, config.vocab_size, (64, length), generator=torch.Generator().manual_seed(0))
     ids, positions = tokens.int().tolist(), [list(range(length))] * len(tokens)
     data = Dataset.from_dict({"input_ids": ids, "labels": ids, "position_ids": positions})

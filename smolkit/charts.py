@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from smolkit.diagnosis import series, smoothed
 from smolkit.files import atomic_writer
+from smolkit.findings import series, smoothed
 
 WIDTH, HEIGHT = 520, 240  # of a chart, in CSS pixels
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 30

@@ -118,15 +118,15 @@ class Memory:
     logits: float
     buffers: float = 0.0  # gathered layers, gradient buckets, a process on a GPU
     host: float = 0.0
+    update: float = 0.0  # beside the gradients while they are summed over the devices and applied
     accumulates: bool = False  # gradients of earlier micro-batches are there during the next ones
 
     @property
     def peak(self) -> float:
         """The most at one time. As the backward pass frees activations it makes gradients, so that the larger of the
         two counts; with gradient accumulation both do."""
-        passing = self.activations + self.logits
-        both = passing + self.gradients if self.accumulates else max(passing, self.gradients)
-        return self.weights + self.optimizer + self.buffers + both
+        passing = self.activations + self.logits + self.gradients * self.accumulates
+        return self.weights + self.optimizer + self.buffers + max(passing, self.gradients + self.update)
 
     def as_dict(self) -> dict[str, float]:
         names = "weights gradients optimizer activations logits buffers host peak".split()
@@ -198,23 +198,29 @@ def _fsdp(width: int) -> Callable[[Work], Memory]:
 
 def _zero(stage: int, width: int, offload: bool = False) -> Callable[[Work], Memory]:
     """DeepSpeed: weights in the compute dtype, fp32 masters and moments split from stage 1 on, gradients from 2,
-    weights from 3. In a step the split gradients exist in fp32 as well."""
+    weights from 3. To be applied, the split gradients exist in fp32 as well (DeepSpeed 0.19.8)."""
 
     def state(work: Work) -> Memory:
         held, all_trained, split, trained = _held(work)
         weights = _weight_bytes(work, width) if stage < 3 else split * width * (2 if work.reference else 1)
         gradients = all_trained * width if stage < 2 else trained * width
         optimizer, fp32_gradients = trained * 12, trained * 4
-        layer = layer_parameters(work)
-        tables = work.config.vocab_size * work.config.hidden_size
-        # buckets of gradients on their way; from stage 3 on the layers that are gathered for a moment
-        passing = (2 * layer + tables) * width if stage == 3 else 0
-        # A GPU's buckets exist whole and twice (overlap_comm); a CPU's memory is touched as far as gradients fill it.
         size = work.config.hidden_size**2 if stage == 3 else ZERO_BUCKET
-        bucket = (2 * size if work.device == "cuda" else min(all_trained, size)) * width
+        # A GPU's buckets exist whole and twice (overlap_comm); a CPU's memory is touched as far as gradients fill it.
+        bucket, whole = min(all_trained, size) * width, 2 * size * width
+        if stage == 3:  # and the layers that are gathered for a moment
+            tables = work.config.vocab_size * work.config.hidden_size
+            buffers = (2 * layer_parameters(work) + tables) * width + (whole if work.device == "cuda" else bucket)
+            state_bytes, update = optimizer + fp32_gradients, 0
+        else:
+            # stage_1_and_2.py: gradients lie in the bucket, which allreduce_bucket flattens into another one; then
+            # step makes the fp32 gradients of its part, when buckets and activations are gone.
+            buffers = whole if work.device == "cuda" else 0
+            reducing = bucket * (1 if work.device == "cuda" else 2)
+            state_bytes, update = optimizer, max(reducing - gradients, 0 if offload else fp32_gradients, 0)
         if offload:
-            return Memory(weights, gradients, 0, 0, 0, passing + bucket, optimizer + fp32_gradients)
-        return Memory(weights, gradients, optimizer + fp32_gradients, 0, 0, passing + bucket)
+            return Memory(weights, gradients, 0, 0, 0, buffers, optimizer + fp32_gradients, update)
+        return Memory(weights, gradients, state_bytes, 0, 0, buffers, update=update)
 
     return state
 

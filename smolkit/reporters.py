@@ -1,13 +1,16 @@
-"""Whether the services named in --report_to can be used, before any work: a missing one is refused, never ignored."""
+"""Services named in --report_to: a missing one is refused before any work, and a continued run stays one run there."""
 
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from smolkit.errors import UserError
+from smolkit.files import atomic_writer
 
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+WANDB_RUN = "wandb_run.txt"  # in the output directory: the id under which wandb knows the run
 
 
 def check_reporters(report_to: str | Sequence[str] | None) -> list[str]:
@@ -38,3 +41,22 @@ def _check_wandb() -> None:
         why = " ".join(str(error).split())
     if why:
         raise UserError(f"--report_to wandb: {why}; run `wandb login`, or set WANDB_MODE=offline to keep the run here")
+
+
+def join_wandb_run(directory: Path, run_name: str | None) -> None:
+    """Open the wandb run of a training in `directory`: the one it had before an interruption, or a new one.
+
+    transformers' callback takes an open run for its own. Its id is kept, and asked for again with `resume="allow"`, so
+    that the parts of a run made offline become one when they are uploaded, too. WANDB_RUN_ID comes first.
+    """
+    import wandb
+
+    if wandb.run is not None:  # opened by whoever called the script
+        return
+    file = directory / WANDB_RUN
+    known = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    project = os.environ.get("WANDB_PROJECT", "huggingface")  # the callback's default
+    run = wandb.init(project=project, name=run_name, id=os.environ.get("WANDB_RUN_ID", known), resume="allow")
+    if run.id != known and not run.disabled:
+        with atomic_writer(file) as handle:
+            handle.write(run.id + "\n")

@@ -18,9 +18,10 @@ from statistics import median
 from typing import Any
 
 from smolkit.charts import LEFT, RIGHT, Panel, number, panels, svg, thin, write_png
-from smolkit.diagnosis import Diagnosis, Setting, diagnose, series
+from smolkit.diagnosis import Diagnosis, diagnose
 from smolkit.errors import UserError, run
 from smolkit.files import atomic_writer, write_json
+from smolkit.findings import Setting, series
 from smolkit.manifest import checkpoints
 from smolkit.report import read_rows
 

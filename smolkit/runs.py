@@ -38,6 +38,7 @@ from smolkit.manifest import (
 )
 from smolkit.model_card import prepared_datasets, write_card
 from smolkit.parallel import fsdp_version
+from smolkit.reporters import WANDB_RUN, join_wandb_run
 from smolkit.run_report import REPORT_FILES, RUN_FILES, write_report
 from smolkit.runtime import compute_dtype
 from smolkit.shards import checksum, token_store
@@ -84,12 +85,14 @@ class Job:
             for old in checkpoints(directory):  # of another attempt, or beyond where this one continues
                 if start is None or branched or step_of(old) > step_of(start):
                     discard(old)
-            for name in (*RUN_FILES, *REPORT_FILES):
+            for name in (*RUN_FILES, *REPORT_FILES, WANDB_RUN):
                 if start is None or branched:
                     (directory / name).unlink(missing_ok=True)
                 if branched and name in RUN_FILES and (start.parent / name).is_file():
                     shutil.copyfile(start.parent / name, directory / name)  # training cuts it back to the checkpoint
             write_json(directory / SETTINGS_FILE, self.settings)
+            if "wandb" in self.args.report_to and self.args.process_index == 0:
+                join_wandb_run(directory, self.args.run_name)
         except OSError as error:
             raise _unwritable(directory, error) from error
 

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from smolkit.diagnosis import LEVELS, Setting, diagnose, noise, series
+from smolkit.diagnosis import diagnose
+from smolkit.findings import LEVELS, Setting, noise, series
 
 VOCABULARY = 2000
 GUESS = math.log(VOCABULARY)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -246,24 +247,37 @@ ZERO = {
 }
 
 
+def under_deepspeed(stage: int, folder: Path, program: str, arguments: list[str]) -> None:
+    """Two processes with half of the experts each, started by DeepSpeed's launcher; `folder` is for its file."""
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    (folder / "zero.json").write_text(json.dumps(ZERO | {"zero_optimization": zero}))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launcher = (Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", port)
+    more = ("--expert_parallel_size", 2, "--deepspeed", folder / "zero.json")
+    command(*launcher, program, *arguments, *more)
+
+
 @slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_pretraining_under_the_deepspeed_launcher_equals_one_process(world, tmp_path, stage: int) -> None:
-    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
-    (tmp_path / "zero.json").write_text(json.dumps(ZERO | {"zero_optimization": zero}))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    more = ("--expert_parallel_size", 2, "--deepspeed", tmp_path / "zero.json")
-    words = (launcher, "--num_gpus", 2, "--master_port", 29700 + stage, "train_pretrain.py")
-    command(*words, *pretrain(world, tmp_path / "two"), *more)
+    under_deepspeed(stage, tmp_path, "train_pretrain.py", pretrain(world, tmp_path / "two"))
     check_same_run(world / "one", tmp_path / "two", 6)
 
 
 @slow
+@pytest.mark.parametrize("zero_stage", [None, 1, 2, 3])
 @pytest.mark.parametrize("program", ["train_full_sft.py", "train_dpo.py"])
-def test_other_stages_with_spread_experts_equal_one_process(world, tmp_path, program: str) -> None:
+def test_other_stages_with_spread_experts_equal_one_process(world, tmp_path, program: str, zero_stage) -> None:
+    """Under torchrun (None), and under DeepSpeed's launcher."""
     one = stage_arguments(program, world, tmp_path / "one")
     command(sys.executable, program, *one, "--gradient_accumulation_steps", 2)
-    torchrun(2, program, *stage_arguments(program, world, tmp_path / "two"), "--expert_parallel_size", 2)
+    two = stage_arguments(program, world, tmp_path / "two")
+    if zero_stage is None:
+        torchrun(2, program, *two, "--expert_parallel_size", 2)
+    else:
+        under_deepspeed(zero_stage, tmp_path, program, two)
     check_same_run(tmp_path / "one", tmp_path / "two", 2)
 
 

@@ -6,7 +6,8 @@ import re
 import shutil
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -274,18 +275,28 @@ def leveldb_log(data: bytes) -> Iterator[bytes]:
             parts = b""
 
 
-def test_wandb_offline(world, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def wandb_pretrain(world, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """A run like `pretrain`'s in `tmp_path / "out"`, reported to wandb offline, as from a process of its own."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
+
+    def run(*more: str) -> Path:
+        wandb.teardown()  # the mode of the test session was read when it was imported
+        output = pretrain(world, tmp_path / "out", "--report_to", "wandb", *more)
+        wandb.finish()
+        wandb.teardown()
+        return output
+
+    return run
+
+
+def test_wandb_offline(wandb_pretrain, tmp_path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    wandb.teardown()  # the mode of the test session was read when it was imported
-    output = pretrain(world, tmp_path / "out", "--report_to", "wandb")
-    wandb.finish()
-    wandb.teardown()
-
+    output = wandb_pretrain()
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     sent: dict[str, dict[int, float]] = {}
     for data in leveldb_log(log.read_bytes()[7:]):
@@ -297,6 +308,25 @@ def test_wandb_offline(world, tmp_path, monkeypatch) -> None:
     assert sent["train/loss"] == pytest.approx(scalars(metrics, "loss"))
     assert sent["eval/loss"] == pytest.approx(scalars(metrics, "eval_loss"))
     assert sent["train/mfu"] == pytest.approx(scalars(rows(output / "timing.jsonl"), "mfu"))
+
+
+def test_a_continued_run_is_one_run_in_wandb(wandb_pretrain, tmp_path) -> None:
+    def interrupt(output: Path) -> None:
+        shutil.rmtree(output / "checkpoint-8")
+        (output / "training_complete.json").unlink()
+
+    def runs() -> dict[str, int]:
+        """Parts by the id of their run, whose name is in offline-run-DATE-ID/run-ID.wandb."""
+        return Counter(path.stem.removeprefix("run-") for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+    output = wandb_pretrain()
+    (first,) = runs()
+    interrupt(output)
+    wandb_pretrain()
+    assert runs() == {first: 2}
+    interrupt(output)
+    wandb_pretrain("--resume", "never")  # another training
+    assert sorted(runs().values()) == [1, 2]
 
 
 def test_trackio_offline(world, tmp_path, monkeypatch) -> None:

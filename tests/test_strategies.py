@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -118,24 +119,25 @@ def world(tmp_path_factory) -> Path:
 
 
 def arguments(world: Path, stage: str, output: Path, batch_size: int, *more: object) -> list[str]:
-    """A run of four steps with checkpoints after 2 and 4. `moe`: pretraining of a Mixture-of-Experts."""
-    folder = {"lora": "sft", "moe": "pretrain"}.get(stage, stage)
+    """A run of four steps with checkpoints after 2 and 4. `moe`: a Mixture-of-Experts; `lora-dpo`: an adapter."""
+    folder = {"lora": "sft", "moe": "pretrain", "lora-dpo": "dpo"}.get(stage, stage)
     start = {
         "pretrain": ["--tokenizer_path", world / "tokenizer", "--model_size", "tiny", "--model_overrides", *SHAPE],
         "moe": ["--tokenizer_path", world / "tokenizer", "--model_size", "tiny-moe", "--model_overrides", *SHAPE, *MOE],
         "dpo": ["--model_path", world / "base"],
+        "lora-dpo": ["--model_path", world / "base", "--use_lora", "--lora_r", "4"],
     }.get(stage, ["--base_model", world / "base"])
     length = "--block_size" if folder == "pretrain" else "--max_length"
     packing = ["--packing_strategy", "blocks"] if folder == "pretrain" else []
-    rate = {"dpo": 1e-3, "lora": 1e-2}.get(stage, 3e-3)
+    rate = {"dpo": 1e-3, "lora": 1e-2, "lora-dpo": 1e-2}.get(stage, 3e-3)
     words = f"""--data_path {world / folder} {length} {64 if folder == "pretrain" else 128} --max_steps 4
         --per_device_train_batch_size {batch_size} --logging_steps 1 --save_steps 2 --weights_dtype fp32
         --learning_rate {rate} --output_dir {output} --disable_tqdm true"""
     return [*words.split(), *packing, *map(str, start), *map(str, more)]
 
 
-def program(stage: str) -> str:
-    return f"{PROGRAMS['pretrain' if stage == 'moe' else stage].__name__}.py"
+def program(stage: str) -> ModuleType:
+    return PROGRAMS[{"moe": "pretrain", "lora-dpo": "dpo"}.get(stage, stage)]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def one_process(world):
         output = world / "one" / stage
         # MoE losses depend on the micro-batches, so one process has to see the same ones as two.
         batch = ("1", "--gradient_accumulation_steps", "2") if stage == "moe" else ("4",)
-        PROGRAMS["pretrain" if stage == "moe" else stage].main(arguments(world, stage, output, *batch))
+        program(stage).main(arguments(world, stage, output, *batch))
         return output
 
     return run
@@ -165,7 +167,8 @@ def run_with(world: Path, stage: str, strategy: str, output: Path, *more: object
     launcher, tail, report = (STRATEGIES | OTHERS)[strategy]
     batch_size = 1 if stage == "moe" else 2
     port = ("--main_process_port" if launcher[0] == "accelerate" else "--master_port", free_port())
-    text = launch(*launcher, *port, program(stage), *arguments(world, stage, output, batch_size, *more), *tail)
+    words = arguments(world, stage, output, batch_size, *more)
+    text = launch(*launcher, *port, f"{program(stage).__name__}.py", *words, *tail)
     assert f" 2 processes, {report}\n" in text, text
     return text
 
@@ -198,7 +201,7 @@ def assert_equal_runs(two: Path, one: Path, rel: float = 1e-4) -> None:
     [
         pytest.param(stage, strategy, marks=[] if (stage, strategy) in QUICK else pytest.mark.slow)
         for strategy in STRATEGIES
-        for stage in ("pretrain", "sft", "lora", "dpo", "moe")
+        for stage in ("pretrain", "sft", "lora", "dpo", "lora-dpo", "moe")
     ]
     + [pytest.param("sft", strategy, marks=pytest.mark.slow) for strategy in OTHERS],
 )
@@ -216,6 +219,19 @@ def test_accumulation_and_checkpointing_change_nothing(world, one_process, strat
     more = "--per_device_train_batch_size 1 --gradient_accumulation_steps 2 --gradient_checkpointing true".split()
     run_with(world, "pretrain", strategy, tmp_path / "two", *more)
     assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_samples_are_those_of_one_process(world, strategy, tmp_path) -> None:
+    """Generation needs the whole model in one process, and training goes on afterwards as if nothing had happened."""
+    sampling = ("--sample_prompts", "the cat", "a dog", "--sample_tokens", 6)
+    train_pretrain.main(arguments(world, "pretrain", tmp_path / "one", 4, *sampling))
+    run_with(world, "pretrain", strategy, tmp_path / "two", *sampling)
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
+    assert [json.loads(line)["step"] for line in samples[0].splitlines()] == [2, 2, 4, 4]
+    assert samples[0] == samples[1]
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
