@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -24,6 +25,7 @@ from smolkit.errors import UserError
 from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
+from smolkit.parallel import fsdp_version
 from smolkit.persistence import PersistenceMixin
 from smolkit.progress import Progress
 from smolkit.runs import complete, leave
@@ -62,6 +64,13 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written once, with the final model."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let CPU processes shard, too: accelerate 1.15 takes FSDP up on GPUs only, and would quietly run DDP."""
+        state = self.args.distributed_state
+        if state.distributed_type == DistributedType.MULTI_CPU and fsdp_version(self.args):
+            state.distributed_type = DistributedType.MULTI_GPU  # becomes FSDP; the device stays the CPU
+        super().create_accelerator_and_postprocess()
 
     # optimizer
 
