@@ -326,7 +326,10 @@ def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
         values = masters.master_of()
         return {name: values.get(parameter, parameter) for name, parameter in trainer.model.named_parameters()}
     if not trainer.is_deepspeed_enabled:
-        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        # FSDP gathers tied weights once for each of their names.
+        names = {name for name, _ in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+        return {name: value for name, value in state.items() if name in names}
     from deepspeed.utils import safe_get_full_fp32_param
 
     # The engine's own consolidation returns its 16-bit copies, which lose what --bf16 keeps in the masters.
