@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,12 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return _codec(tokenizer).plain.encode(text, add_special_tokens=False).ids
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> list[int]:
+    """`encode_text` for a text to be continued: with what the tokenizer puts around a text (`<s>`), where it does."""
+    encoding = _codec(tokenizer).plain.encode(text, add_special_tokens=False)
+    return tokenizer.backend_tokenizer.post_process(encoding, None, add_special_tokens).ids
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """`encode_text` for many texts at once, in parallel."""
     encodings = _codec(tokenizer).plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -315,19 +321,20 @@ def render(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """Token ids and loss mask of a conversation, by the tokenizer's own chat template.
 
     Message text, tool names, arguments and results are ordinary text whatever they spell. The ids of a prompt
     rendered with `add_generation_prompt` are a prefix of the ids of the prompt plus its reply. With a foreign
-    template that has no `{% generation %}` marks the mask is all 0. Raises `UserError` for a conversation
-    that cannot be rendered.
+    template that has no `{% generation %}` marks the mask is all 0. `template_kwargs` are further variables of
+    the template. Raises `UserError` for a conversation that cannot be rendered.
     """
     validate_messages(messages)
     validate_tools(tools or [])
     codec = _codec(tokenizer)
     messages = [_normalised(message) for message in messages]
-    guard = _Guard(codec, messages, tools)
+    guard = _Guard(codec, messages, tools, template_kwargs)
     template = tokenizer.get_chat_template(tools=tools)
     try:
         (text,), spans = render_jinja_template(
@@ -337,6 +344,7 @@ def render(
             return_assistant_tokens_mask=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
+            **guard.value(template_kwargs or {}),
         )
     except Exception as error:  # foreign templates refuse conversations in their own ways (jinja2, TypeError)
         raise UserError(f"the tokenizer's chat template refused the conversation: {error}") from error

@@ -9,6 +9,7 @@ second of transformers' `generate` with one stream, 2.2 times with sixteen (`pyt
 The operations and their order are those of the model, so greedy answers are the same.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -210,6 +211,22 @@ class Decoder:
                 return self.logits(layer.rest(x[last], mixed))
             x = layer.rest(x, self.attend(query, key, value, layer.scaling).reshape(R * T, -1))
         raise AssertionError("a model without layers")
+
+    def prompt_logits(self, prompt: list[int], rows: int = 256) -> Iterator[Tensor]:
+        """Logits after every token of a prompt, float32, in blocks of `rows` positions; the cache stays as it is.
+
+        (Blocks, because a long prompt times the vocabulary would not fit where the model does.)
+        """
+        T = len(prompt)
+        rotation = self.rotation(torch.arange(T, device=self.device)[None])
+        x = F.embedding(torch.tensor(prompt, device=self.device), self.embedding)  # (T, D)
+        for layer in self.layers:
+            heads = layer.heads(x, rotation).view(1, T, -1, layer.Dh).transpose(1, 2)  # (1, H + 2K, T, Dh)
+            query, key, value = heads.split((layer.H, layer.K, layer.K), dim=1)
+            mixed = self.attend(query, key.contiguous(), value.contiguous(), layer.scaling)
+            x = layer.rest(x, mixed.reshape(T, -1))
+        for start in range(0, T, rows):
+            yield self.logits(x[start : start + rows])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Causal attention of whole rows: query (R, H, T, Dh), key and value (R, K, T, Dh) -> (R, T, H, Dh)."""

@@ -93,7 +93,9 @@ def checkpoint(
 @contextmanager
 def started(root: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Popen]]:
     """A server process on a free port; gives the URL it prints."""
-    command = [sys.executable, str(root / str(arguments[0])), *map(str, arguments[1:]), "--port", "0"]
+    # vLLM may live in an environment of its own, without the test tools.
+    python = os.environ.get("SMOLLM_VLLM_PYTHON") if arguments[0] == "serve_vllm.py" else None
+    command = [python or sys.executable, str(root / str(arguments[0])), *map(str, arguments[1:]), "--port", "0"]
     # A file, not a pipe: a pipe that nobody reads any more would block the server when it is full.
     with tempfile.NamedTemporaryFile("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -160,7 +162,8 @@ def url(
 ) -> Iterator[str]:
     """A real server over the tiny model on a free loopback port: one suite for both engines."""
     if request.param == "vllm":
-        pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+        if "SMOLLM_VLLM_PYTHON" not in os.environ:
+            pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
         flags = ("--served_model_name", "tiny", "--dtype", "float32", "--max_num_seqs", "4")
         with started(root, "serve_vllm.py", "--model_path", checkpoint, *flags) as (base, _):
             yield base
