@@ -73,7 +73,9 @@ def _likely(entry: api.TokenLogprob) -> dict[str, float] | None:
     """As at OpenAI the token itself is among them, as one more where it is not likely."""
     if entry.logprob is None:
         return None
-    return {entry.token: entry.logprob} | {top.token: top.logprob for top in entry.top_logprobs}
+    likely = {top.token: top.logprob for top in reversed(entry.top_logprobs)}  # of tokens that read alike the best one
+    likely.setdefault(entry.token, entry.logprob)
+    return likely
 
 
 def _chat_choice(piece: Piece, logprobs: bool) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def tiny_config(vocab_size: int, **overrides: object) -> SmolConfig:
     """Weights large enough that a random model's answers vary."""
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     # vLLM's CPU attention wants a head size of at least 32.
-    rest = dict(num_key_value_heads=2, head_dim=32, max_position_embeddings=256, initializer_range=0.4)
+    rest = dict(num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.4)
     return SmolConfig(vocab_size=vocab_size, **{**sizes, **rest, **overrides})
 
 
