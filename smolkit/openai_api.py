@@ -360,26 +360,46 @@ def create_app(
         """Whether the server is up; needs no key."""
         return api.Health()
 
-    @app.get("/metrics", responses={401: _ERRORS[401]}, response_class=PlainTextResponse)
+    @app.get("/metrics", responses=_ERRORS, response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Counters and timings for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    _document(app)
     return app
+
+
+def _document(app: FastAPI) -> None:
+    """The OpenAPI document says what is answered: status 400 instead of FastAPI's 422."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = original()
+            for methods in document["paths"].values():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(name, None)
+        return app.openapi_schema
+
+    app.openapi = openapi
 
 
 # Statuses that OpenAI's clients know; every one of them has this body.
 _ERRORS = {status: {"model": api.ErrorResponse} for status in (400, 401, 404, 413, 429, 431, 500, 503)}
 
+_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
 
 def _add_generation(app: FastAPI, answers: Answers) -> None:
-    @app.post("/v1/chat/completions", responses={200: {"model": api.ChatCompletion}, **_ERRORS})
+    @app.post("/v1/chat/completions", responses={200: {"model": api.ChatCompletion, **_STREAM}, **_ERRORS})
     async def chat_completions(body: api.ChatRequest, http: Request) -> Response:
         """Answer a conversation; tools may be called."""
         job = await run_in_threadpool(answers.chat_job, body)
         return await _respond(http, answers, job, body, chat=True)
 
-    @app.post("/v1/completions", responses={200: {"model": api.Completion}, **_ERRORS})
+    @app.post("/v1/completions", responses={200: {"model": api.Completion, **_STREAM}, **_ERRORS})
     async def completions(body: api.CompletionRequest, http: Request) -> Response:
         """Continue a text."""
         job = await run_in_threadpool(answers.completion_job, body)
@@ -401,12 +421,12 @@ def _add_models(app: FastAPI, answers: Answers) -> None:
     names = (answers.model_name, *answers.adapters)
     cards = {name: api.ModelCard(id=name, created=created, max_model_len=length) for name in names}
 
-    @app.get("/v1/models", responses={401: _ERRORS[401]})
+    @app.get("/v1/models", responses=_ERRORS)
     async def models() -> api.ModelList:
         """The served model, and its adapters."""
         return api.ModelList(data=list(cards.values()))
 
-    @app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: _ERRORS[404]})
+    @app.get("/v1/models/{model:path}", responses=_ERRORS)
     async def model(model: str) -> api.ModelCard:
         """A served model, by name."""
         if model not in cards:

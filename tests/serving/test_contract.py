@@ -1,7 +1,6 @@
 """What the API promises beyond plain answers, on both engines: scored prompts, constrained answers, tokens."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
-from smolkit.chat import chat_stop_ids, encode_text, render, save_tokenizer
-from smolkit.engine import TorchEngine
+from smolkit.chat import chat_stop_ids, encode_text, render
 from smolkit.openai_api import create_app
 from smolkit.serving import serving
 
-from .conftest import WEATHER, ScriptedEngine, started, tiny_config
+from .conftest import WEATHER, ScriptedEngine
 
 QUESTION = [{"role": "user", "content": "What is photosynthesis?"}]
 TIME = {"type": "function", "function": {"name": "time", "parameters": {
@@ -294,32 +292,6 @@ def test_one_call_at_most_in_a_free_answer(scripted: tuple[ScriptedEngine, opena
 
 
 # --- a Mixture-of-Experts behind the same API ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def moe(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(4)
-    config = tiny_config(len(tokenizer), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    directory = tmp_path_factory.mktemp("moe") / "tiny-moe"
-    SmolForCausalLM(config).eval().save_pretrained(directory)
-    save_tokenizer(tokenizer, directory)
-    return directory
-
-
-@pytest.fixture(scope="module", params=["torch", pytest.param("vllm", marks=pytest.mark.slow)])
-def moe_url(request: pytest.FixtureRequest, moe: Path, root: Path) -> Iterator[str]:
-    if request.param == "vllm":
-        flags = ("--dtype", "float32", "--max_num_seqs", "4", "--served_model_name", "tiny")
-        with started(root, "serve_vllm.py", "--model_path", moe, *flags) as (base, _):
-            yield base
-        return
-    model = SmolForCausalLM.from_pretrained(moe, dtype=torch.float32).eval()
-    engine = TorchEngine(model, model_name="tiny")
-    from smolkit.serving import load_tokenizer
-
-    with serving(create_app(engine, load_tokenizer(moe), "tiny")) as base:
-        yield base
-    engine.close()
 
 
 def test_moe_answers_are_those_of_transformers(
