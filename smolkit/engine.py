@@ -107,6 +107,7 @@ class ContinuousBatch:
             sequence.length += 1
         return self._choose(sequences, logits)
 
+    @torch.inference_mode()
     def remove(self, sequence: _Sequence) -> None:
         """Take a sequence out; the last row moves into its place."""
         row, last = self.sequences.index(sequence), len(self.sequences) - 1

@@ -1,5 +1,6 @@
 """What the API promises beyond plain answers, on both engines: scored prompts, constrained answers, tokens."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids, encode_text, render
+from smolkit.engine import TorchEngine
 from smolkit.openai_api import create_app
+from smolkit.sampling import GenerationRequest, TokenEvent
 from smolkit.serving import serving
 
 from .conftest import WEATHER, ScriptedEngine
@@ -43,10 +46,12 @@ PERSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schem
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
 def test_echo_scores_the_prompt(
-    client: openai.OpenAI, model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast, max_tokens: int
+    moe_url: str, moe: Path, tokenizer: PreTrainedTokenizerFast, max_tokens: int
 ) -> None:
-    """Against one forward pass of the model over prompt and answer; rows of padding cut off as in serving."""
+    """Against one forward pass of the model over the prompt."""
+    model = SmolForCausalLM.from_pretrained(moe, dtype=torch.float32)
     texts = ["The process of photosynthesis", "光合作用 🚀"]
+    client = openai.OpenAI(base_url=f"{moe_url}/v1", api_key="none")
     result = client.completions.create(
         model="tiny", prompt=texts, max_tokens=max_tokens, echo=True, logprobs=2, temperature=0
     )
@@ -57,8 +62,7 @@ def test_echo_scores_the_prompt(
         count = len(scores.tokens) - len(prompt)
         assert count == max_tokens or choice.finish_reason == "stop"
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt])).logits[0, :, : len(tokenizer)].float()
-        expected = logits.log_softmax(-1)
+            expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
         assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
         own = [float(row[i]) for row, i in zip(expected, prompt[1:], strict=False)]
         assert scores.token_logprobs[1 : len(prompt)] == pytest.approx(own, abs=1e-3)
@@ -71,6 +75,26 @@ def test_echo_scores_the_prompt(
     assert result.usage.prompt_tokens == sum(len(encode_text(tokenizer, text)) for text in texts)
     if max_tokens == 0:
         assert result.usage.completion_tokens == 0
+
+
+def test_padded_rows_have_no_share_of_the_probability(
+    model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Ours only: vLLM normalises over all rows of the head, which in trained models makes no difference."""
+    prompt = encode_text(tokenizer, "What is photosynthesis?")
+    engine = TorchEngine(model, vocab_limit=len(tokenizer))
+
+    async def first() -> TokenEvent:
+        async for event in engine.generate(GenerationRequest(prompt, 3, prompt_logprobs=0)):
+            return event
+
+    scores = asyncio.run(first()).prompt_logprobs
+    engine.close()
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0, :, : len(tokenizer)].log_softmax(-1)
+    assert scores[0] == (None, ()) and len(scores) == len(prompt)
+    own = [float(row[i]) for row, i in zip(expected, prompt[1:], strict=False)]
+    assert [logprob for logprob, _ in scores[1:]] == pytest.approx(own, abs=1e-4)
 
 
 def test_echo_streams_and_needs_no_logprobs(client: openai.OpenAI) -> None:
