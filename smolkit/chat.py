@@ -157,7 +157,7 @@ class _Codec:
     plain: Tokenizer  # same normalizer, pre-tokenizer and merges, but knows no added tokens
     control: re.Pattern[str]  # any added token, longest first as in the tokenizer itself; the token is a group
     ids: dict[str, int]  # added token -> id
-    words: re.Pattern[str]  # what to guard in message text
+    words: re.Pattern[str]  # what to guard in message text: control words, and the signs they begin with
     assistant_words: re.Pattern[str]  # the same for assistant text, which may contain thought tokens
 
 
@@ -174,12 +174,13 @@ def _codec(tokenizer: PreTrainedTokenizerFast) -> _Codec:
         if backend.pre_tokenizer is not None:
             plain.pre_tokenizer = backend.pre_tokenizer
         added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
+        signs = {word[0] for word in added if not (word[0].isalnum() or word[0].isspace())}
         codec = _Codec(
             entries=len(tokenizer),
             plain=plain,
             control=_any_of(added, lambda word: _token_pattern(added[word][1])),
             ids={word: i for word, (i, _) in added.items()},
-            words=_any_of(added, re.escape),
+            words=_any_of({*added, *signs}, re.escape),
             assistant_words=_any_of(set(added) - set(THOUGHT_TOKENS), re.escape),
         )
         _CODECS[tokenizer] = codec
@@ -400,7 +401,9 @@ class _Guard:
     """Marks control words inside message text, so that they can be told from the ones the template writes.
 
     The mark is a Unicode noncharacter absent from the conversation, put after every character of a control
-    word: no pattern of the tokenizer can match across it, and removing all marks restores the text exactly.
+    word: no pattern of the tokenizer can match across it, and removing all marks restores the text exactly. A sign
+    that control words begin with is marked wherever it stands, or a template that takes something out of the text
+    (`replace`) could leave a control word behind.
     """
 
     def __init__(self, codec: _Codec, *values: Any) -> None:

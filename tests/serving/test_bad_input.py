@@ -84,7 +84,9 @@ def mutated(generator: random.Random, body: dict[str, Any]) -> Any:
     """The body with one to three things replaced, removed, doubled, or wrapped."""
     body = copy.deepcopy(body)
     for _ in range(generator.choice((1, 1, 2, 3))):
-        *way, last = generator.choice(list(places(body)) or [("new",)])
+        if not body:
+            break
+        *way, last = generator.choice(list(places(body)))
         target: Any = body
         for key in way:
             target = target[key]
