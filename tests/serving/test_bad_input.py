@@ -162,10 +162,14 @@ async def send_all(url: str, count: int, seed: int) -> Counter[str]:
 
     async def worker(client: httpx.AsyncClient) -> None:
         for path, content, headers in cases:
-            response = await client.post(url + path, content=content, headers=headers)
+            try:
+                response = await client.post(url + path, content=content, headers=headers)
+            except httpx.TransportError as error:
+                raise AssertionError(f"{path}: {len(content)} bytes, {content[:500]!r}: {error!r}") from error
             answers[judged(response, content)] += 1
 
-    async with httpx.AsyncClient(timeout=60) as client:
+    # No connection is used twice: one that the server has just closed for being idle would look like a failure.
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
         await asyncio.gather(*(worker(client) for _ in range(8)))
     return answers
 
