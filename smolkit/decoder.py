@@ -212,22 +212,6 @@ class Decoder:
             x = layer.rest(x, self.attend(query, key, value, layer.scaling).reshape(R * T, -1))
         raise AssertionError("a model without layers")
 
-    def prompt_logits(self, prompt: list[int], rows: int = 256) -> Iterator[Tensor]:
-        """Logits after every token of a prompt, float32, in blocks of `rows` positions; the cache stays as it is.
-
-        (Blocks, because a long prompt times the vocabulary would not fit where the model does.)
-        """
-        T = len(prompt)
-        rotation = self.rotation(torch.arange(T, device=self.device)[None])
-        x = F.embedding(torch.tensor(prompt, device=self.device), self.embedding)  # (T, D)
-        for layer in self.layers:
-            heads = layer.heads(x, rotation).view(1, T, -1, layer.Dh).transpose(1, 2)  # (1, H + 2K, T, Dh)
-            query, key, value = heads.split((layer.H, layer.K, layer.K), dim=1)
-            mixed = self.attend(query, key.contiguous(), value.contiguous(), layer.scaling)
-            x = layer.rest(x, mixed.reshape(T, -1))
-        for start in range(0, T, rows):
-            yield self.logits(x[start : start + rows])
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Causal attention of whole rows: query (R, H, T, Dh), key and value (R, K, T, Dh) -> (R, T, H, Dh)."""
         (R, H, T, Dh), K = query.shape, key.shape[1]
@@ -265,6 +249,22 @@ class Decoder:
         """cos and sin (N, 1, Dh) of positions (R, T), N = R * T."""
         cos, sin = self.rotary(positions, self.dtype)
         return cos.flatten(0, 1), sin.flatten(0, 1)
+
+    def prompt_logits(self, prompt: list[int], rows: int = 256) -> Iterator[Tensor]:
+        """Logits after every token of a prompt, float32, in blocks of `rows` positions; the cache stays as it is.
+
+        (Blocks, because a long prompt times the vocabulary would not fit where the model does.)
+        """
+        T = len(prompt)
+        rotation = self.rotation(torch.arange(T, device=self.device)[None])
+        x = F.embedding(torch.tensor(prompt, device=self.device), self.embedding)  # (T, D)
+        for layer in self.layers:
+            heads = layer.heads(x, rotation).view(1, T, -1, layer.Dh).transpose(1, 2)  # (1, H + 2K, T, Dh)
+            query, key, value = heads.split((layer.H, layer.K, layer.K), dim=1)
+            mixed = self.attend(query, key.contiguous(), value.contiguous(), layer.scaling)
+            x = layer.rest(x, mixed.reshape(T, -1))
+        for start in range(0, T, rows):
+            yield self.logits(x[start : start + rows])
 
     def logits(self, x: Tensor) -> Tensor:
         """x (R, D), not normed yet -> (R, V) float32."""
