@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,8 @@ class _Codec:
     assistant_words: re.Pattern[str]  # the same for assistant text, which may contain thought tokens
 
 
+# transformers keeps one compiled template, whose record of assistant spans is not made for two threads at a time.
+_RENDERING = threading.Lock()
 _CODECS: WeakKeyDictionary[PreTrainedTokenizerFast, _Codec] = WeakKeyDictionary()
 
 
@@ -338,15 +341,16 @@ def render(
     guard = _Guard(codec, messages, tools, template_kwargs)
     template = tokenizer.get_chat_template(tools=tools)
     try:
-        (text,), spans = render_jinja_template(
-            conversations=[[guard.message(message) for message in messages]],
-            tools=guard.value(tools) or None,
-            chat_template=template,
-            return_assistant_tokens_mask=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-            **guard.value(template_kwargs or {}),
-        )
+        with _RENDERING:
+            (text,), spans = render_jinja_template(
+                conversations=[[guard.message(message) for message in messages]],
+                tools=guard.value(tools) or None,
+                chat_template=template,
+                return_assistant_tokens_mask=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
+                add_generation_prompt=add_generation_prompt,
+                **tokenizer.special_tokens_map,
+                **guard.value(template_kwargs or {}),
+            )
     except Exception as error:  # foreign templates refuse conversations in their own ways (jinja2, TypeError)
         raise UserError(f"the tokenizer's chat template refused the conversation: {error}") from error
     ids: list[int] = []
