@@ -560,12 +560,12 @@ def test_qwens_own_template_is_rendered_as_qwen_does(qwen_dir: Path) -> None:
 
 def test_threads_render_side_by_side(trained: PreTrainedTokenizerFast) -> None:
     """As a server does; transformers' own renderer fails when two threads are in one template."""
-    turns = [[*CONVERSATIONS["one turn"], {"role": "user", "content": str(i)}] for i in range(200)]
+    turns = [[*CONVERSATIONS["one turn"], {"role": "user", "content": str(i)}] for i in range(60)]
     expected = [render(trained, own, add_generation_prompt=True) for own in turns]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(1e-5)
     try:
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda own: render(trained, own, add_generation_prompt=True), turns))
     finally:
         sys.setswitchinterval(interval)
