@@ -118,8 +118,11 @@ def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         api_keys(None, str(tmp_path / "nowhere"))
 
 
-def test_flags(tmp_path: Path) -> None:
+def test_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
+
+    for name, value in (("propagate", True), ("handlers", [])):  # put back afterwards
+        monkeypatch.setattr(logging.getLogger("smolkit.access"), name, value)
 
     parser = argparse.ArgumentParser()
     add_server_arguments(parser)
@@ -235,10 +238,8 @@ def test_request_ids(talker: ScriptedEngine, tokenizer: PreTrainedTokenizerFast)
 
 
 def test_access_log(
-    talker: ScriptedEngine, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("smolkit.access"), "propagate", True)
+    talker: ScriptedEngine, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="smolkit.access")
     with serving(create_app(talker, tokenizer, "scripted", "the-secret")) as url:
         right = {"Authorization": "Bearer the-secret"}
