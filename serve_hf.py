@@ -22,6 +22,7 @@ from smolkit.openai_api import create_app
 from smolkit.runtime import prepare
 from smolkit.serving import (
     add_server_arguments,
+    app_options,
     listen,
     load_engine,
     load_tokenizer,
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare(seed=None, threads=args.threads)
     path = args.model_path or newest_checkpoint()
     directory, adapter = split_adapter(path, args.adapter)
+    options = app_options(args)
     sock = listen(args.host, args.port)  # a taken port shows before the model is loaded
     tokenizer = load_tokenizer(directory)
     model_name = args.served_model_name or model_name_of(path)
@@ -78,12 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine,
         tokenizer,
         model_name,
-        args.api_key,
         stop_ids=stop_ids_of(directory, tokenizer),
-        default_max_tokens=args.default_max_tokens,
+        **options,
     )
     try:
-        serve(app, sock)
+        serve(app, sock, args.drain_seconds)
     finally:
         engine.close()
 

@@ -16,6 +16,7 @@ from smolkit.errors import UserError, run
 from smolkit.openai_api import create_app
 from smolkit.serving import (
     add_server_arguments,
+    app_options,
     listen,
     load_tokenizer,
     model_name_of,
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"vLLM cannot be imported ({error}): install requirements-vllm-cuda.txt (or -cpu), or use serve_hf.py"
         ) from None
+    options = app_options(args)
     sock = listen(args.host, args.port)
     tokenizer = load_tokenizer(directory)
     name = args.served_model_name or model_name_of(path)
@@ -78,12 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine,
         tokenizer,
         name,
-        args.api_key,
         stop_ids=stop_ids_of(directory, tokenizer),
-        default_max_tokens=args.default_max_tokens,
+        **options,
     )
     try:
-        serve(app, sock)
+        serve(app, sock, args.drain_seconds)
     finally:
         engine.close()
 

@@ -9,15 +9,17 @@ import uuid
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from smolkit import openai_types as api
-from smolkit.chat import chat_stop_ids, encode_text, render
-from smolkit.engine import Engine
+from smolkit.chat import chat_stop_ids, encode_prompt, render
+from smolkit.engine import DeadlineExceeded, Engine, EngineError
 from smolkit.errors import UserError
+from smolkit.grammar import Grammar, Grammars
 from smolkit.openai_types import ApiError
 from smolkit.sampling import GenerationRequest, TokenEvent
 from smolkit.text_stream import Detokenizer, StopStrings, ToolCallStream
@@ -45,93 +47,166 @@ class Job:
 
     requests: list[GenerationRequest]
     stops: list[str]
-    parse_tools: bool
     prompt_tokens: int
+    parse_tools: bool = False
+    single_call: bool = False
+    echo: bool = False
+    prompt_only: bool = False  # echo with max_tokens 0: the engine's one token is thrown away
 
 
 class Answers:
-    """Turns requests into jobs and jobs into pieces."""
+    """Turns requests into jobs and jobs into pieces.
+
+    `template_kwargs`: variables of the chat template that a request may set. `timeout`: seconds that one request may
+    take.
+    """
 
     def __init__(
         self,
         engine: Engine,
         tokenizer: PreTrainedTokenizerFast,
         model_name: str,
-        stop_ids: Collection[int] | None,
-        default_max_tokens: int | None,
+        stop_ids: Collection[int] | None = None,
+        default_max_tokens: int | None = None,
+        *,
+        template_kwargs: Collection[str] = (),
+        timeout: float | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.model_name = engine, tokenizer, model_name
         self.stop_ids = frozenset(chat_stop_ids(tokenizer) if stop_ids is None else stop_ids)
         self.default_max_tokens = default_max_tokens
+        self.template_kwargs, self.timeout = tuple(template_kwargs), timeout
+        self.adapters = tuple(getattr(engine, "adapters", ()))  # LoRA adapters: models of their own in the API
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer)  # when first needed: a large vocabulary takes a second
 
     def chat_job(self, body: api.ChatRequest) -> Job:
         self._check(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        messages = [message.plain(number) for number, message in enumerate(body.messages)]
         tools = [tool.plain() for tool in body.tools or []] if body.tool_choice != "none" else []
-        try:
-            prompt_ids = render(self.tokenizer, messages, tools or None, add_generation_prompt=True).input_ids
-        except UserError as error:
-            raise ApiError(400, str(error), param="messages") from None
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._job(body, [prompt_ids], max_tokens, logprobs, bool(tools))
+        prompt_ids = self._rendered(body.messages, tools, True, body.chat_template_kwargs)
+        single = body.parallel_tool_calls is False or isinstance(body.tool_choice, api.NamedTool)
+        return self._job(
+            body,
+            [prompt_ids],
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=self._grammar(body, tools, single),
+            parse_tools=bool(tools),
+            single_call=single,
+        )
 
     def completion_job(self, body: api.CompletionRequest) -> Job:
         self._check(body)
+        if body.max_tokens == 0 and not body.echo:
+            raise ApiError(400, "max_tokens 0 needs echo: true", param="max_tokens")
         prompt = body.prompt
         prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-        encoded = [self._encode(item) if isinstance(item, str) else list(item) for item in prompts]
-        return self._job(body, encoded, body.max_tokens, body.logprobs, False)
+        special = body.add_special_tokens is not False
+        encoded = [encode_prompt(self.tokenizer, p, special) if isinstance(p, str) else list(p) for p in prompts]
+        return self._job(
+            body,
+            encoded,
+            max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
+            logprobs=body.logprobs,
+            echo=bool(body.echo),
+            prompt_only=body.max_tokens == 0,
+        )
 
-    def _encode(self, text: str) -> list[int]:
+    def tokenize(self, body: api.TokenizeRequest) -> api.Tokens:
+        self._check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        if body.prompt is not None:
+            ids = encode_prompt(self.tokenizer, body.prompt, body.add_special_tokens is not False)
+        else:
+            tools, generate = [tool.plain() for tool in body.tools or []], body.add_generation_prompt is not False
+            ids = self._rendered(body.messages, tools, generate, body.chat_template_kwargs)
+        strings = self.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return api.Tokens(count=len(ids), max_model_len=self.engine.max_model_len, tokens=ids, token_strs=strings)
+
+    def detokenize(self, body: api.DetokenizeRequest) -> api.Text:
+        self._check_model(body.model)
+        self._check_ids(body.tokens, "tokens")
+        return api.Text(prompt=self.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
+
+    def _rendered(
+        self,
+        messages: Sequence[api.Message],
+        tools: list[dict[str, Any]],
+        generation_prompt: bool,
+        kwargs: dict[str, Any] | None,
+    ) -> list[int]:
+        for name in kwargs or {}:
+            if name not in self.template_kwargs:
+                allowed = ", ".join(self.template_kwargs) or "none"
+                message = f"chat_template_kwargs: {ascii(name[:64])} is not among those this server allows ({allowed})"
+                raise ApiError(400, message, param="chat_template_kwargs")
+        plain = [message.plain(number) for number, message in enumerate(messages)]
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            message = f"prompt: unpaired surrogate at character {error.start}"
-            raise ApiError(400, message, param="prompt") from None
-        return encode_text(self.tokenizer, text)
+            return render(self.tokenizer, plain, tools or None, generation_prompt, kwargs).input_ids
+        except UserError as error:
+            raise ApiError(400, str(error), param="messages") from None
+
+    def _grammar(self, body: api.ChatRequest, tools: list[dict[str, Any]], single: bool) -> Grammar | None:
+        must_call = body.tools_to_call()
+        schema = body.response_format and body.response_format.schema_of()
+        if must_call:
+            schema, param = None, "tools"  # an answer that has to call a tool has no content
+        elif schema is not None:
+            must_call, param = tools, "response_format"
+        else:
+            return None
+        if body.ignore_eos or body.min_tokens:
+            name = "ignore_eos" if body.ignore_eos else "min_tokens"
+            raise ApiError(400, f"{name} cannot be combined with a constrained answer, which ends itself", param=name)
+        try:
+            return self._grammars.compile(schema, must_call, single)
+        except UserError as error:
+            raise ApiError(400, f"{param}: {error}", param=param) from None
 
     def _check(self, body: api.ChatRequest | api.CompletionRequest) -> None:
         api.refuse_unsupported(body)
-        if body.model is not None and body.model != self.model_name:
-            message = f"the model {ascii(body.model[:64])} does not exist; this server has {self.model_name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        self._check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+
+    def _check_model(self, model: str | None) -> None:
+        if model is not None and model != self.model_name and model not in self.adapters:
+            message = f"the model {ascii(model[:64])} does not exist; this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        size = len(self.tokenizer)
+        if not all(0 <= i < size for i in ids):
+            raise ApiError(400, f"{param}: token ids are from 0 to {size - 1}", param=param)
 
     def _job(
         self,
         body: api.ChatRequest | api.CompletionRequest,
         prompts: list[list[int]],
+        *,
         max_tokens: int | None,
         logprobs: int | None,
-        parse_tools: bool,
+        grammar: Grammar | None = None,
+        **options: bool,
     ) -> Job:
         copies = body.n or 1
         if copies * len(prompts) > MAX_CHOICES_PER_REQUEST:
             message = f"{copies * len(prompts)} answers in one request, the limit is {MAX_CHOICES_PER_REQUEST}"
             raise ApiError(400, message, param="n")
-        vocab_size, limit = len(self.tokenizer), self.engine.max_model_len
         requests = []
         for prompt_ids in prompts:
-            room = limit - len(prompt_ids)
-            if not prompt_ids or not all(0 <= i < vocab_size for i in prompt_ids):
-                message = f"a prompt needs at least one token, and token ids from 0 to {vocab_size - 1}"
-                raise ApiError(400, message, param="prompt")
-            if room < 1:
-                message = (
-                    f"the prompt has {len(prompt_ids)} tokens and the model's context is {limit} tokens, "
-                    "of which the answer needs at least one: shorten the prompt"
-                )
-                param = "prompt" if isinstance(body, api.CompletionRequest) else "messages"
-                raise ApiError(400, message, param=param, code="context_length_exceeded")
+            room = self._room(prompt_ids, "prompt" if isinstance(body, api.CompletionRequest) else "messages")
+            longest = min(max_tokens or self.default_max_tokens or room, room)
             for copy in range(copies):
                 requests.append(
                     GenerationRequest(
                         prompt_ids=prompt_ids,
-                        max_tokens=min(max_tokens or self.default_max_tokens or room, room),
+                        max_tokens=longest,
                         temperature=1.0 if body.temperature is None else body.temperature,
                         top_p=1.0 if body.top_p is None else body.top_p,
                         top_k=max(body.top_k or 0, 0),
@@ -139,17 +214,40 @@ class Answers:
                         presence_penalty=body.presence_penalty or 0.0,
                         frequency_penalty=body.frequency_penalty or 0.0,
                         repetition_penalty=body.repetition_penalty or 1.0,
-                        logit_bias=body.biases(vocab_size),
-                        stop_ids=self.stop_ids,
+                        logit_bias=body.biases(len(self.tokenizer)),
+                        stop_ids=frozenset() if body.ignore_eos else self.stop_ids,
                         seed=None if body.seed is None else (body.seed + copy + 2**63) % 2**64 - 2**63,
                         logprobs=logprobs,
+                        prompt_logprobs=logprobs if options.get("echo") else None,
+                        min_tokens=min(body.min_tokens or 0, longest),
+                        grammar=grammar,
+                        adapter=body.model if body.model in self.adapters else None,
+                        timeout=self.timeout,
                     )
                 )
-        return Job(requests, body.stops(), parse_tools, sum(map(len, prompts)) * copies)
+        return Job(requests, body.stops(), sum(map(len, prompts)), **options)
+
+    def _room(self, prompt_ids: list[int], param: str) -> int:
+        """How many tokens the context leaves for the answer."""
+        limit = self.engine.max_model_len
+        if not prompt_ids:
+            raise ApiError(400, f"{param}: a prompt needs at least one token", param=param)
+        self._check_ids(prompt_ids, param)
+        if len(prompt_ids) >= limit:
+            message = (
+                f"the prompt has {len(prompt_ids)} tokens and the model's context is {limit} tokens, "
+                "of which the answer needs at least one: shorten the prompt"
+            )
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+        return limit - len(prompt_ids)
 
     async def pieces(self, job: Job) -> AsyncIterator[Piece]:
-        """Pieces of all choices as they come. Closing it early cancels the generation."""
-        streams = [self._choice(job, index) for index in range(len(job.requests))]
+        """Pieces of all choices as they come. Closing it early cancels the generation.
+
+        Raises `DeadlineExceeded` where the answers take longer than `timeout`.
+        """
+        deadline = None if self.timeout is None else asyncio.get_running_loop().time() + self.timeout
+        streams = [self._choice(job, index, deadline) for index in range(len(job.requests))]
         if len(streams) == 1:
             async with aclosing(streams[0]) as stream:
                 async for piece in stream:
@@ -159,11 +257,15 @@ class Answers:
             async for piece in merged:
                 yield piece
 
-    async def _choice(self, job: Job, index: int) -> AsyncIterator[Piece]:
-        request = job.requests[index]
+    async def _choice(self, job: Job, index: int, deadline: float | None) -> AsyncIterator[Piece]:
         text = _ChoiceText(self.tokenizer, job, index)
-        async with aclosing(self.engine.generate(request)) as events:
-            async for event in events:
+        async with aclosing(self.engine.generate(job.requests[index])) as events:
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        event = await anext(events)
+                except TimeoutError:
+                    raise DeadlineExceeded(f"the request took longer than {self.timeout:g} seconds") from None
                 piece = text.push(event)
                 yield piece
                 if piece.finish_reason:
@@ -174,7 +276,7 @@ class _ChoiceText:
     """The text side of one choice: tokens in, pieces out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, job: Job, index: int) -> None:
-        self.tokenizer, self.index = tokenizer, index
+        self.tokenizer, self.job, self.index = tokenizer, job, index
         self.detokenizer, self.stops = Detokenizer(tokenizer), StopStrings(job.stops)
         self.calls = ToolCallStream() if job.parse_tools else None
         self.num_tokens = self.num_calls = 0
@@ -182,32 +284,58 @@ class _ChoiceText:
         self.waiting: list[tuple[int, api.TokenLogprob]] = []  # log-probabilities of tokens not shown yet
 
     def push(self, event: TokenEvent) -> Piece:
+        if event.finish_reason == "error":
+            raise EngineError("the grammar of this answer became too complex to follow")
+        piece = Piece(self.index)
+        if self.job.echo and self.num_tokens == 0:
+            self._echo(piece, event)
         self.num_tokens += 1
+        if self.job.prompt_only:
+            self.num_tokens, piece.finish_reason = 0, "length"
+            return piece
+        piece.num_tokens = self.num_tokens
         ended = event.finish_reason == "stop"
-        if event.logprob is not None and not ended:
-            self.waiting.append((self.decoded, self._logprob(event)))
+        # Whoever scores a prompt counts on an entry for every token, the one that ends the answer included.
+        if event.logprob is not None and (self.job.echo or not ended):
+            self.waiting.append((self.decoded, self._logprob(event.token_id, event.logprob, event.top_logprobs)))
         new = "" if ended else self.detokenizer.push(event.token_id)
         if event.finish_reason:
             new += self.detokenizer.flush()
         self.decoded += len(new)
         text = self.stops.push(new)
-        finish = "stop" if self.stops.stopped else event.finish_reason
-        if finish:
+        piece.finish_reason = "stop" if self.stops.stopped else event.finish_reason
+        if piece.finish_reason:
             text += self.stops.flush()
         self.shown += len(text)
-        piece = Piece(self.index, finish_reason=finish, num_tokens=self.num_tokens)
-        whole = finish is not None and not self.stops.stopped
+        self._show_logprobs(piece)
+        text, calls = self._split(text, piece.finish_reason is not None)
+        if calls and self.job.single_call:
+            calls, piece.finish_reason = calls[:1], "stop"
+        piece.text += text
+        piece.calls = [_tool_call(call) for call in calls]
+        self.num_calls += len(calls)
+        if piece.finish_reason == "stop" and self.num_calls:
+            piece.finish_reason = "tool_calls"
+        return piece
+
+    def _echo(self, piece: Piece, event: TokenEvent) -> None:
+        """The prompt, as the beginning of the choice."""
+        scores = event.prompt_logprobs or ()
+        for number, token_id in enumerate(self.job.requests[self.index].prompt_ids):
+            if scores:
+                piece.offsets.append(len(piece.text))
+                piece.logprobs.append(self._logprob(token_id, *scores[number]))
+            piece.text += self.detokenizer.push(token_id)
+        if self.job.prompt_only:
+            piece.text += self.detokenizer.flush()
+        self.decoded = self.shown = len(piece.text)
+
+    def _show_logprobs(self, piece: Piece) -> None:
+        whole = piece.finish_reason is not None and not self.stops.stopped
         while self.waiting and (whole or self.waiting[0][0] < self.shown):
             offset, entry = self.waiting.pop(0)
             piece.offsets.append(offset)
             piece.logprobs.append(entry)
-        piece.text, calls = self._split(text, finish is not None)
-        for call in calls:
-            piece.calls.append(_tool_call(call))
-        self.num_calls += len(calls)
-        if finish == "stop" and self.num_calls:
-            piece.finish_reason = "tool_calls"
-        return piece
 
     def _split(self, text: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
         if self.calls is None:
@@ -218,10 +346,11 @@ class _ChoiceText:
             content, calls = content + rest, calls + more
         return content, calls
 
-    def _logprob(self, event: TokenEvent) -> api.TokenLogprob:
-        assert event.logprob is not None
-        top = [api.TopLogprob(**self._token(i), logprob=value) for i, value in event.top_logprobs]
-        return api.TokenLogprob(**self._token(event.token_id), logprob=event.logprob, top_logprobs=top)
+    def _logprob(
+        self, token_id: int, logprob: float | None, likely: Sequence[tuple[int, float]]
+    ) -> api.TokenLogprob:
+        top = [api.TopLogprob(**self._token(i), logprob=value) for i, value in likely]
+        return api.TokenLogprob(**self._token(token_id), logprob=logprob, top_logprobs=top)
 
     def _token(self, token_id: int) -> dict[str, Any]:
         text = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
@@ -233,18 +362,10 @@ class _ChoiceText:
 
 def _tool_call(call: dict[str, Any]) -> api.ToolCall:
     arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    if not _encodable(arguments):  # an escaped lone surrogate is JSON, but not UTF-8
+    if not api.encodable(arguments):  # an escaped lone surrogate is JSON, but not UTF-8
         arguments = json.dumps(call["arguments"])
-    name = call["name"] if _encodable(call["name"]) else ascii(call["name"])[1:-1]
+    name = call["name"] if api.encodable(call["name"]) else ascii(call["name"])[1:-1]
     return api.ToolCall(id=f"call_{uuid.uuid4().hex}", function=api.FunctionCall(name=name, arguments=arguments))
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 async def _merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[Piece]:

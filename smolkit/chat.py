@@ -14,7 +14,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,12 @@ class _Codec:
     plain: Tokenizer  # same normalizer, pre-tokenizer and merges, but knows no added tokens
     control: re.Pattern[str]  # any added token, longest first as in the tokenizer itself; the token is a group
     ids: dict[str, int]  # added token -> id
-    words: re.Pattern[str]  # what to guard in message text
+    words: re.Pattern[str]  # what to guard in message text: control words, and the signs they begin with
     assistant_words: re.Pattern[str]  # the same for assistant text, which may contain thought tokens
 
 
+# transformers keeps one compiled template, whose record of assistant spans is not made for two threads at a time.
+_RENDERING = threading.Lock()
 _CODECS: WeakKeyDictionary[PreTrainedTokenizerFast, _Codec] = WeakKeyDictionary()
 
 
@@ -174,12 +177,13 @@ def _codec(tokenizer: PreTrainedTokenizerFast) -> _Codec:
         if backend.pre_tokenizer is not None:
             plain.pre_tokenizer = backend.pre_tokenizer
         added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
+        signs = {word[0] for word in added if not (word[0].isalnum() or word[0].isspace())}
         codec = _Codec(
             entries=len(tokenizer),
             plain=plain,
             control=_any_of(added, lambda word: _token_pattern(added[word][1])),
             ids={word: i for word, (i, _) in added.items()},
-            words=_any_of(added, re.escape),
+            words=_any_of({*added, *signs}, re.escape),
             assistant_words=_any_of(set(added) - set(THOUGHT_TOKENS), re.escape),
         )
         _CODECS[tokenizer] = codec
@@ -200,6 +204,12 @@ def _token_pattern(token: AddedToken) -> str:
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Ids of ordinary text: a literal `<|im_end|>` in it is spelled out, never made the control token."""
     return _codec(tokenizer).plain.encode(text, add_special_tokens=False).ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> list[int]:
+    """`encode_text` for a text to be continued: with what the tokenizer puts around a text (`<s>`), where it does."""
+    encoding = _codec(tokenizer).plain.encode(text, add_special_tokens=False)
+    return tokenizer.backend_tokenizer.post_process(encoding, None, add_special_tokens).ids
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
@@ -315,29 +325,32 @@ def render(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """Token ids and loss mask of a conversation, by the tokenizer's own chat template.
 
     Message text, tool names, arguments and results are ordinary text whatever they spell. The ids of a prompt
     rendered with `add_generation_prompt` are a prefix of the ids of the prompt plus its reply. With a foreign
-    template that has no `{% generation %}` marks the mask is all 0. Raises `UserError` for a conversation
-    that cannot be rendered.
+    template that has no `{% generation %}` marks the mask is all 0. `template_kwargs` are further variables of
+    the template. Raises `UserError` for a conversation that cannot be rendered.
     """
     validate_messages(messages)
     validate_tools(tools or [])
     codec = _codec(tokenizer)
     messages = [_normalised(message) for message in messages]
-    guard = _Guard(codec, messages, tools)
+    guard = _Guard(codec, messages, tools, template_kwargs)
     template = tokenizer.get_chat_template(tools=tools)
     try:
-        (text,), spans = render_jinja_template(
-            conversations=[[guard.message(message) for message in messages]],
-            tools=guard.value(tools) or None,
-            chat_template=template,
-            return_assistant_tokens_mask=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
+        with _RENDERING:
+            (text,), spans = render_jinja_template(
+                conversations=[[guard.message(message) for message in messages]],
+                tools=guard.value(tools) or None,
+                chat_template=template,
+                return_assistant_tokens_mask=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
+                add_generation_prompt=add_generation_prompt,
+                **tokenizer.special_tokens_map,
+                **guard.value(template_kwargs or {}),
+            )
     except Exception as error:  # foreign templates refuse conversations in their own ways (jinja2, TypeError)
         raise UserError(f"the tokenizer's chat template refused the conversation: {error}") from error
     ids: list[int] = []
@@ -392,7 +405,9 @@ class _Guard:
     """Marks control words inside message text, so that they can be told from the ones the template writes.
 
     The mark is a Unicode noncharacter absent from the conversation, put after every character of a control
-    word: no pattern of the tokenizer can match across it, and removing all marks restores the text exactly.
+    word: no pattern of the tokenizer can match across it, and removing all marks restores the text exactly. A sign
+    that control words begin with is marked wherever it stands, or a template that takes something out of the text
+    (`replace`) could leave a control word behind.
     """
 
     def __init__(self, codec: _Codec, *values: Any) -> None:

@@ -9,6 +9,7 @@ second of transformers' `generate` with one stream, 2.2 times with sixteen (`pyt
 The operations and their order are those of the model, so greedy answers are the same.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -248,6 +249,22 @@ class Decoder:
         """cos and sin (N, 1, Dh) of positions (R, T), N = R * T."""
         cos, sin = self.rotary(positions, self.dtype)
         return cos.flatten(0, 1), sin.flatten(0, 1)
+
+    def prompt_logits(self, prompt: list[int], rows: int = 256) -> Iterator[Tensor]:
+        """Logits after every token of a prompt, float32, in blocks of `rows` positions; the cache stays as it is.
+
+        (Blocks, because a long prompt times the vocabulary would not fit where the model does.)
+        """
+        T = len(prompt)
+        rotation = self.rotation(torch.arange(T, device=self.device)[None])
+        x = F.embedding(torch.tensor(prompt, device=self.device), self.embedding)  # (T, D)
+        for layer in self.layers:
+            heads = layer.heads(x, rotation).view(1, T, -1, layer.Dh).transpose(1, 2)  # (1, H + 2K, T, Dh)
+            query, key, value = heads.split((layer.H, layer.K, layer.K), dim=1)
+            mixed = self.attend(query, key.contiguous(), value.contiguous(), layer.scaling)
+            x = layer.rest(x, mixed.reshape(T, -1))
+        for start in range(0, T, rows):
+            yield self.logits(x[start : start + rows])
 
     def logits(self, x: Tensor) -> Tensor:
         """x (R, D), not normed yet -> (R, V) float32."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from smolkit.decoder import Decoder
 from smolkit.runtime import release_threads
-from smolkit.sampling import FinishReason, GenerationRequest, Sampler, TokenEvent, logprobs_of
+from smolkit.sampling import FinishReason, GenerationRequest, Sampler, Scores, TokenEvent, logprobs_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,10 @@ class EngineBusy(RuntimeError):
 
 class EngineError(RuntimeError):
     """Generation failed inside the engine; details are in the log, not in the message."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request was not finished in the time it had."""
 
 
 class Engine(Protocol):
@@ -103,6 +107,7 @@ class ContinuousBatch:
             sequence.length += 1
         return self._choose(sequences, logits)
 
+    @torch.inference_mode()
     def remove(self, sequence: _Sequence) -> None:
         """Take a sequence out; the last row moves into its place."""
         row, last = self.sequences.index(sequence), len(self.sequences) - 1
@@ -124,16 +129,29 @@ class ContinuousBatch:
             sequence.next_token = token
             sequence.num_generated += 1
             finish: FinishReason | None = None
-            if token in request.stop_ids:
+            if sequence.sampler.failed:
+                finish = "error"
+            elif token in request.stop_ids:
                 finish = "stop"
             elif sequence.num_generated >= request.max_tokens:
                 finish = "length"
             logprob, top = logprobs_of(logits[row], token, request.logprobs)
-            results.append((sequence, TokenEvent(token, logprob, top, finish)))
+            scores = self._prompt_scores(request) if sequence.num_generated == 1 else None
+            results.append((sequence, TokenEvent(token, logprob, top, finish, scores)))
         for sequence, event in results:
             if event.finish_reason:
                 self.remove(sequence)
         return results
+
+    def _prompt_scores(self, request: GenerationRequest) -> tuple[Scores, ...] | None:
+        """What the prompt's own tokens were worth, where the request asks for it; see `TokenEvent`."""
+        if request.prompt_logprobs is None:
+            return None
+        prompt, scores = list(request.prompt_ids), [(None, ())]
+        for logits in self.decoder.prompt_logits(prompt):
+            tokens = prompt[len(scores) :]
+            scores += [logprobs_of(row, i, request.prompt_logprobs) for row, i in zip(logits, tokens, strict=False)]
+        return tuple(scores)
 
 
 class _Ticket:

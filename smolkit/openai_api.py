@@ -5,9 +5,9 @@ bodies, server-sent events, keys, limits and error shapes.
 """
 
 import asyncio
-import hmac
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -16,20 +16,23 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 from transformers import PreTrainedTokenizerFast
 
 from smolkit import openai_types as api
 from smolkit.answers import Answers, Job, Piece
-from smolkit.engine import Engine, EngineBusy, EngineError
+from smolkit.engine import DeadlineExceeded, Engine, EngineBusy, EngineError
+from smolkit.http_guard import Guard, Limits, Metrics, RequestRecord
 from smolkit.openai_types import ApiError
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE_LENGTH = 500  # of error messages, which may quote the request
+# Variables of well-known chat templates that only choose among the template's own words.
+TEMPLATE_KWARGS = ("enable_thinking", "thinking")
 
 
 # --- responses ----------------------------------------------------------------------------------------------
@@ -62,8 +65,17 @@ def _text_logprobs(piece: Piece) -> api.TextLogprobs:
         text_offset=piece.offsets,
         token_logprobs=[entry.logprob for entry in piece.logprobs],
         tokens=[entry.token for entry in piece.logprobs],
-        top_logprobs=[{top.token: top.logprob for top in entry.top_logprobs} for entry in piece.logprobs],
+        top_logprobs=[_likely(entry) for entry in piece.logprobs],
     )
+
+
+def _likely(entry: api.TokenLogprob) -> dict[str, float] | None:
+    """As at OpenAI the token itself is among them, as one more where it is not likely."""
+    if entry.logprob is None:
+        return None
+    likely = {top.token: top.logprob for top in reversed(entry.top_logprobs)}  # of tokens that read alike the best one
+    likely.setdefault(entry.token, entry.logprob)
+    return likely
 
 
 def _chat_choice(piece: Piece, logprobs: bool) -> dict[str, Any]:
@@ -140,6 +152,7 @@ async def _sse(
     head: dict[str, Any],
     chunks: _ChatChunks | _TextChunks,
     include_usage: bool,
+    record: RequestRecord,
 ) -> AsyncIterator[str]:
     """Server-sent events; an error after the first one is an `error` event, as at OpenAI."""
     head = {**head, "object": chunks.object_name}
@@ -150,6 +163,7 @@ async def _sse(
         async with aclosing(pieces):
             async for piece in pieces:
                 counts[piece.index] = piece.num_tokens
+                record.completion_tokens = sum(counts.values())
                 for choice in chunks.of(piece):
                     yield _event({**head, "choices": [choice]})
     except Exception as error:  # the status line is out: the client can only be told in the stream
@@ -165,6 +179,15 @@ async def _sse(
 
 def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _timed(pieces: AsyncIterator[Piece], record: RequestRecord) -> AsyncIterator[Piece]:
+    """The same pieces; the first sets the record's clock."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if record.first_token is None:
+                record.first_token = time.monotonic()
+            yield piece
 
 
 async def _primed(pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
@@ -204,20 +227,24 @@ async def _respond(
     body: api.ChatRequest | api.CompletionRequest,
     chat: bool,
 ) -> Response:
-    head = api.response_head("chatcmpl" if chat else "cmpl", answers.model_name)
+    head = api.response_head("chatcmpl" if chat else "cmpl", body.model or answers.model_name)
     logprobs = job.requests[0].logprobs is not None
+    record: RequestRecord = http.scope["record"]
+    record.prompt_tokens, record.streamed = job.prompt_tokens, bool(body.stream)
+    timed = _timed(answers.pieces(job), record)
     if body.stream:
-        pieces = await _unless_disconnected(http, partial(_primed, answers.pieces(job)))
+        pieces = await _unless_disconnected(http, partial(_primed, timed))
         if pieces is None:
             return Response(status_code=499)
         usage = bool(body.stream_options and body.stream_options.include_usage)
         chunks = _ChatChunks(logprobs) if chat else _TextChunks(logprobs)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        events = _sse(job, pieces, head, chunks, usage)
+        events = _sse(job, pieces, head, chunks, usage, record)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     async def collect() -> list[Piece]:
-        return _joined(job, [piece async for piece in answers.pieces(job)])
+        async with aclosing(timed):
+            return _joined(job, [piece async for piece in timed])
 
     whole = await _unless_disconnected(http, collect)
     if whole is None:
@@ -225,53 +252,12 @@ async def _respond(
     choice = _chat_choice if chat else _text_choice
     name = "chat.completion" if chat else "text_completion"
     usage = _usage(job, {piece.index: piece.num_tokens for piece in whole})
+    record.completion_tokens = usage.completion_tokens
     choices = [choice(piece, logprobs) for piece in whole]
     return JSONResponse({**head, "object": name, "choices": choices, "usage": usage.model_dump()})
 
 
 # --- the application ----------------------------------------------------------------------------------------
-
-
-class _Guard:
-    """ASGI middleware: API keys on every route but /health, and a limit on the request body."""
-
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], max_body_bytes: int) -> None:
-        self.app, self.max_body_bytes = app, max_body_bytes
-        self.expected = [f"Bearer {key}".encode() for key in api_keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        given = headers.get(b"authorization", b"")
-        # Every key is compared, each in constant time: timing tells nothing about any of them.
-        allowed = [hmac.compare_digest(given, expected) for expected in self.expected]
-        if self.expected and scope["path"] != "/health" and not any(allowed):
-            body = api.error_body("missing or wrong API key", "invalid_request_error", code="invalid_api_key")
-            response = JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
-            await response(scope, receive, send)
-            return
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.max_body_bytes:
-            await _too_large(self.max_body_bytes)(scope, receive, send)
-            return
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
-                raise HTTPException(413, f"the request body is larger than {self.max_body_bytes} bytes")
-            return message
-
-        await self.app(scope, limited, send)
-
-
-def _too_large(limit: int) -> JSONResponse:
-    message = f"the request body is larger than {limit} bytes"
-    return JSONResponse(api.error_body(message, "invalid_request_error"), 413)
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
@@ -290,7 +276,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
             continue
         path.append(str(part))
     param = ".".join(path).encode("ascii", "backslashreplace").decode()[:100] or None
-    return ApiError(400, f"{param or 'body'}: {first['msg']}"[:MAX_MESSAGE_LENGTH], param=param)
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param or 'body'}: {message}", param=param)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -318,14 +305,13 @@ def _add_error_handlers(app: FastAPI) -> None:
             ApiError(503, str(error), kind="overloaded_error", code="overloaded", headers={"Retry-After": "1"})
         )
 
+    @app.exception_handler(DeadlineExceeded)
+    async def late(_: Request, error: DeadlineExceeded) -> JSONResponse:
+        return response(ApiError(503, str(error), kind="server_error", code="timeout"))
+
     @app.exception_handler(EngineError)
     async def engine_error(_: Request, error: EngineError) -> JSONResponse:
         return response(ApiError(500, str(error), kind="server_error"))
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        # Starlette logs the traceback; the client learns nothing about the inside.
-        return response(ApiError(500, "internal error", kind="server_error"))
 
 
 def create_app(
@@ -336,53 +322,113 @@ def create_app(
     *,
     stop_ids: Collection[int] | None = None,
     default_max_tokens: int | None = None,
-    max_body_bytes: int = 4 * 2**20,
+    template_kwargs: Collection[str] = TEMPLATE_KWARGS,
+    limits: Limits | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application that serves `engine` as `model_name`.
 
     `api_key`: one or several keys; None serves everybody. `stop_ids` end every answer (default: the
     tokenizer's chat end and end of text). `default_max_tokens` is used when a request names none; None is
-    what the context leaves. Documentation pages need no network.
+    what the context leaves. `template_kwargs`: variables of the chat template that requests may set. `cors_origins`:
+    web pages whose scripts may ask (`*`: all). Documentation pages need no network.
     """
-    answers = Answers(engine, tokenizer, model_name, stop_ids, default_max_tokens)
+    limits, metrics = limits or Limits(), Metrics()
+    metrics.watch(engine)
+    answers = Answers(
+        engine,
+        tokenizer,
+        model_name,
+        stop_ids,
+        default_max_tokens,
+        template_kwargs=template_kwargs,
+        timeout=limits.request_timeout,
+    )
     app = FastAPIOffline(title="SmolLM", description="OpenAI-compatible API", version="1")
     keys = [api_key] if isinstance(api_key, str) else list(api_key or [])
-    app.add_middleware(_Guard, api_keys=keys, max_body_bytes=max_body_bytes)
+    app.add_middleware(Guard, limits=limits, metrics=metrics, api_keys=keys)
+    if cors_origins:  # before the keys: a browser asks without them whether it may send them
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     _add_error_handlers(app)
-    errors = {status: {"model": api.ErrorResponse} for status in (400, 401, 404, 413, 500, 503)}
-    card = api.ModelCard(
-        id=model_name,
-        created=api.response_head("", "")["created"],
-        max_model_len=engine.max_model_len,
-    )
-
-    @app.post("/v1/chat/completions", responses={200: {"model": api.ChatCompletion}, **errors})
-    async def chat_completions(body: api.ChatRequest, http: Request) -> Response:
-        """Answer a conversation; tools may be called."""
-        job = await run_in_threadpool(answers.chat_job, body)
-        return await _respond(http, answers, job, body, chat=True)
-
-    @app.post("/v1/completions", responses={200: {"model": api.Completion}, **errors})
-    async def completions(body: api.CompletionRequest, http: Request) -> Response:
-        """Continue a text."""
-        job = await run_in_threadpool(answers.completion_job, body)
-        return await _respond(http, answers, job, body, chat=False)
-
-    @app.get("/v1/models", responses={401: errors[401]})
-    async def models() -> api.ModelList:
-        """The served model."""
-        return api.ModelList(data=[card])
-
-    @app.get("/v1/models/{model}", responses={401: errors[401], 404: errors[404]})
-    async def model(model: str) -> api.ModelCard:
-        """The served model, by name."""
-        if model != model_name:
-            raise ApiError(404, f"the model {ascii(model[:64])} does not exist", param="model", code="model_not_found")
-        return card
+    _add_generation(app, answers)
+    _add_models(app, answers)
 
     @app.get("/health")
     async def health() -> api.Health:
         """Whether the server is up; needs no key."""
         return api.Health()
 
+    @app.get("/metrics", responses=_ERRORS, response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        """Counters and timings for Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    _document(app)
     return app
+
+
+def _document(app: FastAPI) -> None:
+    """The OpenAPI document says what is answered: status 400 instead of FastAPI's 422."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = original()
+            for methods in document["paths"].values():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(name, None)
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
+# Statuses that OpenAI's clients know; every one of them has this body.
+_ERRORS = {status: {"model": api.ErrorResponse} for status in (400, 401, 404, 413, 429, 431, 500, 503)}
+
+_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
+def _add_generation(app: FastAPI, answers: Answers) -> None:
+    @app.post("/v1/chat/completions", responses={200: {"model": api.ChatCompletion, **_STREAM}, **_ERRORS})
+    async def chat_completions(body: api.ChatRequest, http: Request) -> Response:
+        """Answer a conversation; tools may be called."""
+        job = await run_in_threadpool(answers.chat_job, body)
+        return await _respond(http, answers, job, body, chat=True)
+
+    @app.post("/v1/completions", responses={200: {"model": api.Completion, **_STREAM}, **_ERRORS})
+    async def completions(body: api.CompletionRequest, http: Request) -> Response:
+        """Continue a text."""
+        job = await run_in_threadpool(answers.completion_job, body)
+        return await _respond(http, answers, job, body, chat=False)
+
+    @app.post("/tokenize", responses=_ERRORS)
+    async def tokenize(body: api.TokenizeRequest) -> api.Tokens:
+        """The token ids of a prompt, or of a conversation as the model gets it."""
+        return await run_in_threadpool(answers.tokenize, body)
+
+    @app.post("/detokenize", responses=_ERRORS)
+    async def detokenize(body: api.DetokenizeRequest) -> api.Text:
+        """The text of token ids."""
+        return await run_in_threadpool(answers.detokenize, body)
+
+
+def _add_models(app: FastAPI, answers: Answers) -> None:
+    created, length = int(time.time()), answers.engine.max_model_len
+    names = (answers.model_name, *answers.adapters)
+    cards = {name: api.ModelCard(id=name, created=created, max_model_len=length) for name in names}
+
+    @app.get("/v1/models", responses=_ERRORS)
+    async def models() -> api.ModelList:
+        """The served model, and its adapters."""
+        return api.ModelList(data=list(cards.values()))
+
+    @app.get("/v1/models/{model:path}", responses=_ERRORS)
+    async def model(model: str) -> api.ModelCard:
+        """A served model, by name."""
+        if model not in cards:
+            raise ApiError(404, f"the model {ascii(model[:64])} does not exist", param="model", code="model_not_found")
+        return cards[model]

@@ -4,13 +4,17 @@ Requests are strict about types, ignore unknown fields, and leave fields that ex
 `refuse_unsupported`, which names them. `null` means "not given" everywhere.
 """
 
+import math
 import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 16
+MAX_DEPTH = 64  # of a request's JSON: schemas and arguments are walked recursively further in
+MAX_STOP_LENGTH = 1000
+MAX_MESSAGE_LENGTH = 500  # of error messages, which may quote the request
 
 
 class ApiError(Exception):
@@ -32,7 +36,10 @@ class ApiError(Exception):
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """`{"error": {...}}` as OpenAI's clients read it."""
+    """`{"error": {...}}` as OpenAI's clients read it; of bounded length, and UTF-8 whatever it quotes."""
+    message = message.encode("utf-8", "backslashreplace").decode()
+    if len(message) > MAX_MESSAGE_LENGTH:
+        message = message[: MAX_MESSAGE_LENGTH - 3] + "..."
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -52,6 +59,51 @@ class ErrorResponse(BaseModel):
 
 class _Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Body(_Request):
+    """A whole request body."""
+
+    model: str | None = Field(None, description="the served model's name, see /v1/models; may be left out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checked(cls, body: Any) -> Any:
+        for name, value in body.items() if isinstance(body, dict) else ():
+            if complaint := unreadable(name) or unreadable(value):
+                param = None if unreadable(name) else name[:100]
+                raise ApiError(400, f"{param or 'body'}: {complaint}", param=param)
+        return body
+
+
+def unreadable(value: Any) -> str | None:
+    """What is wrong with JSON that Python reads and nobody should have to: depth, NaN, text that is not Unicode."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            return f"nested deeper than {MAX_DEPTH} levels"
+        depth, below = depth + 1, []
+        for item in level:
+            if isinstance(item, dict):
+                below += item
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, float) and not math.isfinite(item):
+                return "NaN and infinity are not JSON"
+            elif isinstance(item, str) and not encodable(item):
+                return "unpaired surrogate in a text"
+        level = below
+    return None
+
+
+def encodable(text: str) -> bool:
+    """Whether a text has a UTF-8 form: an unpaired surrogate, which JSON can spell, has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class FunctionCallIn(_Request):
@@ -111,14 +163,45 @@ class Tool(_Request):
         return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
 
 
+class NamedFunction(_Request):
+    name: str
+
+
+class NamedTool(_Request):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(_Request):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema", description="a JSON schema; what it may use: see llguidance")
+    strict: bool | None = Field(None, description="the schema is always followed")
+
+
+class ResponseFormat(_Request):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer has to follow."""
+        if self.type != "json_schema":
+            return {"type": "object"} if self.type == "json_object" else None
+        if self.json_schema is None:
+            raise ApiError(400, "response_format: type json_schema needs json_schema", param="response_format")
+        return self.json_schema.schema_
+
+
 class StreamOptions(_Request):
     include_usage: bool | None = None
 
 
-class _Generation(_Request):
+StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+
+
+class _Generation(_Body):
     """Fields that chat and text completions share."""
 
-    model: str | None = Field(None, description="the served model's name, see /v1/models; may be left out")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="longest answer; at most what the context leaves, which is also the default"
     )
@@ -132,7 +215,9 @@ class _Generation(_Request):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description="same request, same answer")
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="no end of text before so many tokens")
+    ignore_eos: bool | None = Field(None, description="go on to max_tokens, through any end of text")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -156,7 +241,14 @@ class ChatRequest(_Generation):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = Field(None, description='"auto" (default with tools) or "none"')
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="default with tools: auto; required and a named tool constrain the answer to valid calls"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
+    response_format: ResponseFormat | None = Field(None, description="constrains the answer to JSON")
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(
+        None, description="variables of the chat template that the server allows, such as enable_thinking"
+    )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     model_config = ConfigDict(
@@ -164,7 +256,29 @@ class ChatRequest(_Generation):
     )
 
 
+    def tools_to_call(self) -> list[dict[str, Any]]:
+        """The tools that the answer must call: none, unless `tool_choice` says so."""
+        tools = [tool.plain() for tool in self.tools or []]
+        if self.tool_choice in (None, "none", "auto"):
+            return []
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            tools = [tool for tool in tools if tool["function"]["name"] == name]
+            if not tools:
+                raise ApiError(400, f"tool_choice: no tool is named {ascii(name[:64])}", param="tool_choice")
+        if not tools:
+            raise ApiError(400, 'tool_choice "required" needs tools', param="tool_choice")
+        return tools
+
+
 class CompletionRequest(_Generation):
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="longest answer; at most what the context leaves, which is also the default; 0 needs echo"
+    )
+    echo: bool | None = Field(None, description="put the prompt before the answer, its log-probabilities included")
+    add_special_tokens: bool | None = Field(
+        None, description="whether the tokenizer adds its own, such as a beginning of text, to text prompts (default)"
+    )
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1)]
@@ -177,6 +291,22 @@ class CompletionRequest(_Generation):
     )
 
 
+class TokenizeRequest(_Body):
+    """One of `prompt` and `messages`."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = Field(None, description="for `prompt`, as in a completion (default)")
+    add_generation_prompt: bool | None = Field(None, description="for `messages`, as in a chat completion (default)")
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Body):
+    tokens: list[int]
+
+
 # Field -> values that mean "not used". Anything else is refused by name instead of being ignored.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
@@ -185,7 +315,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "functions": (None, []),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True),
     "prediction": (None,),
     "response_format": (None, {"type": "text"}),
     "store": (None, False),
@@ -200,9 +329,6 @@ def refuse_unsupported(body: _Generation) -> None:
     for name, value in (body.model_extra or {}).items():
         if name in UNSUPPORTED and not any(value is unused or value == unused for unused in UNSUPPORTED[name]):
             raise ApiError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
-    if isinstance(body, ChatRequest) and body.tool_choice not in (None, "auto", "none"):
-        message = 'tool_choice: only "auto" and "none" are supported by this server'
-        raise ApiError(400, message, param="tool_choice", code="unsupported_value")
 
 
 # --- responses ----------------------------------------------------------------------------------------------
@@ -232,6 +358,7 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
+    logprob: float | None = Field(description="null for the first token of an echoed prompt only")
     top_logprobs: list[TopLogprob] = []
 
 
@@ -242,9 +369,9 @@ class ChatLogprobs(BaseModel):
 
 class TextLogprobs(BaseModel):
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class AssistantMessage(BaseModel):
@@ -297,6 +424,17 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(BaseModel):
+    prompt: str
 
 
 class Health(BaseModel):

@@ -2,21 +2,26 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-FinishReason = Literal["stop", "length"]
+if TYPE_CHECKING:
+    from smolkit.grammar import Grammar
+
+FinishReason = Literal["stop", "length", "error"]
+Scores = tuple[float | None, tuple[tuple[int, float], ...]]  # log-probability of a token; the most likely ones
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """What to generate. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
 
-    `stop_ids` end the answer and are reported in the last event. `logprobs` asks for the log-probability of
-    each chosen token and of that many most likely alternatives. The presence and frequency penalties count
-    generated tokens, the repetition penalty also counts the prompt (1 is off).
+    `stop_ids` end the answer, after `min_tokens` others, and are reported in the last event. `logprobs` asks for the
+    log-probability of each chosen token and of that many most likely alternatives, `prompt_logprobs` for the same of
+    the prompt's tokens. The presence and frequency penalties count generated tokens, the repetition penalty also
+    counts the prompt (1 is off). `grammar` says which answers are allowed.
     """
 
     prompt_ids: Sequence[int]
@@ -29,23 +34,30 @@ class GenerationRequest:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    adapter: str | None = None  # the LoRA adapter that answers; None: the model itself
+    timeout: float | None = None  # seconds after which the engine gives the request up; None: the engine's own limit
     stop_ids: Collection[int] = ()
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    min_tokens: int = 0
+    grammar: "Grammar | None" = None
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token. The last one says why: "stop" when `token_id` is a stop id, else "length".
+    """One generated token. The last one says why: "stop" when `token_id` is a stop id, else "length"; "error" when the
+    request's grammar became too complex.
 
     `logprob` and `top_logprobs` (most likely first) come from the model's own distribution, before
-    temperature.
+    temperature. `prompt_logprobs` is in the first event, one entry per token of the prompt; the first has none.
     """
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[Scores, ...] | None = None
 
 
 class Sampler:
@@ -62,35 +74,55 @@ class Sampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(request.seed)
-        self.plain_greedy = request.temperature == 0 and not self._adjusts_logits()
-        self.generated = torch.zeros(vocab_size, dtype=torch.int32) if self._adjusts_logits() else None
+        self.mask = request.grammar.mask() if request.grammar else None
+        self.num_tokens = 0
+        self.generated = self.prompt = self.biases = None
+        if self._penalises():
+            self.generated = torch.zeros(vocab_size, dtype=torch.int32)
+            self.prompt = torch.zeros(vocab_size, dtype=torch.bool)
+            self.prompt[torch.tensor([i for i in request.prompt_ids if i < vocab_size], dtype=torch.long)] = True
+        if request.logit_bias:
+            self.biases = torch.zeros(vocab_size)
+            self.biases[torch.tensor(list(request.logit_bias))] = torch.tensor(list(request.logit_bias.values()))
+        changed = self.mask or request.min_tokens or self._penalises() or request.logit_bias
+        self.plain_greedy = request.temperature == 0 and not changed
 
-    def _adjusts_logits(self) -> bool:
-        r = self.request
-        return bool(r.presence_penalty or r.frequency_penalty or r.repetition_penalty != 1 or r.logit_bias)
+    @property
+    def failed(self) -> bool:
+        """Whether the grammar can no longer be followed."""
+        return self.mask is not None and self.mask.failed
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
+    def _penalises(self) -> bool:
         r = self.request
-        assert self.generated is not None
+        return bool(r.presence_penalty or r.frequency_penalty or r.repetition_penalty != 1)
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        r = self.request
+        assert self.generated is not None and self.prompt is not None
         counts = self.generated.to(logits.device)
         if r.repetition_penalty != 1:  # CTRL (Keskar et al. 2019): shrink positive, stretch negative logits
-            seen = counts > 0
-            seen[torch.tensor([i for i in r.prompt_ids if i < len(seen)], dtype=torch.long)] = True
+            seen = (counts > 0) | self.prompt.to(logits.device)
             scaled = torch.where(logits > 0, logits / r.repetition_penalty, logits * r.repetition_penalty)
             logits = torch.where(seen, scaled, logits)
-        logits = logits - r.frequency_penalty * counts - r.presence_penalty * (counts > 0)
-        for token_id, bias in r.logit_bias.items():
-            logits[token_id] += bias
-        return logits
+        return logits - r.frequency_penalty * counts - r.presence_penalty * (counts > 0)
 
     def pick(self, logits: Tensor) -> int:
         """The next token id from float32 logits (V,)."""
         r = self.request
         if self.generated is not None:
-            logits = self._adjusted(logits)
+            logits = self._penalised(logits)
+        if self.biases is not None:
+            logits = logits + self.biases.to(logits.device)
+        if self.num_tokens < r.min_tokens:
+            logits = logits.index_fill(0, torch.tensor(list(r.stop_ids), device=logits.device), -torch.inf)
+        if self.mask is not None:
+            logits = self.mask.apply(logits)
         token_id = int(logits.argmax()) if r.temperature == 0 else self._sample(logits / r.temperature)
+        self.num_tokens += 1
         if self.generated is not None:
             self.generated[token_id] += 1
+        if self.mask is not None:
+            self.mask.advance(token_id)
         return token_id
 
     def _sample(self, scores: Tensor) -> int:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -24,6 +25,8 @@ from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids
 from smolkit.engine import TorchEngine
 from smolkit.errors import UserError
+from smolkit.http_guard import Limits, log_access_to
+from smolkit.openai_api import TEMPLATE_KWARGS
 from smolkit.runtime import compute_dtype, default_device
 
 logger = logging.getLogger(__name__)
@@ -36,15 +39,74 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one and prints it")
     group.add_argument(
         "--api_key",
-        default=os.environ.get("SMOLLM_API_KEY"),
-        help="key that requests must carry; environment variable SMOLLM_API_KEY hides it from other users",
+        help="key that requests must carry; the environment variable SMOLLM_API_KEY hides it from other users",
     )
+    group.add_argument("--api_key_file", help="file with such keys, one a line")
     group.add_argument("--served_model_name", help="name in the API; default: the directory's name")
     group.add_argument(
         "--default_max_tokens",
         type=int,
         help="answer length for requests that name none; default: the context",
     )
+    limits = Limits()
+    group.add_argument("--max_body_bytes", type=int, default=limits.max_body_bytes, help="larger requests: status 413")
+    group.add_argument(
+        "--max_concurrent_requests",
+        type=int,
+        default=limits.max_concurrent_requests,
+        help="HTTP requests at a time; more get status 503",
+    )
+    group.add_argument(
+        "--requests_per_minute", type=int, help="for each API key or, without keys, address; more: 429; default: any"
+    )
+    group.add_argument(
+        "--request_timeout", type=float, default=limits.request_timeout, help="seconds for a request, else: 503"
+    )
+    group.add_argument(
+        "--drain_seconds", type=int, default=30, help="after SIGTERM or Ctrl-C, for requests that are being answered"
+    )
+    group.add_argument("--cors_origins", nargs="+", default=[], help="web pages whose scripts may ask; default: none")
+    group.add_argument(
+        "--chat_template_kwargs",
+        nargs="*",
+        default=list(TEMPLATE_KWARGS),
+        help="variables of the chat template that requests may set (default: %(default)s)",
+    )
+    group.add_argument("--access_log", default="-", help="file for a JSON line per request; default: standard error")
+
+
+def app_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_server_arguments` says about the application, for `create_app`."""
+    for name in ("max_body_bytes", "max_concurrent_requests", "requests_per_minute", "request_timeout"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise UserError(f"--{name} {value}: must be more than 0")
+    log_access_to(args.access_log)
+    return {
+        "api_key": api_keys(args.api_key, args.api_key_file),
+        "default_max_tokens": args.default_max_tokens,
+        "template_kwargs": args.chat_template_kwargs,
+        "cors_origins": args.cors_origins,
+        "limits": Limits(
+            max_body_bytes=args.max_body_bytes,
+            max_concurrent_requests=args.max_concurrent_requests,
+            requests_per_minute=args.requests_per_minute,
+            request_timeout=args.request_timeout,
+        ),
+    }
+
+
+def api_keys(key: str | None, file: str | None) -> list[str]:
+    """Keys of the command line or the environment, and of a file; none at all only where none was mentioned."""
+    keys = [] if (given := os.environ.get("SMOLLM_API_KEY") if key is None else key) is None else [given]
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api_key_file {file}: cannot be read: {_first_line(error)}") from None
+        keys += [line.strip() for line in lines if line.strip()] or [""]
+    if not all(keys):
+        raise UserError("an API key is empty (--api_key, SMOLLM_API_KEY or --api_key_file): give one, or leave it out")
+    return keys
 
 
 def newest_checkpoint(root: str | Path = "out") -> Path:
@@ -207,6 +269,8 @@ def _server(app: FastAPI, drain_seconds: int) -> _Server:
         access_log=False,
         timeout_graceful_shutdown=drain_seconds,
         server_header=False,
+        http="h11",  # bounds the header it waits for, which httptools does not
+        h11_max_incomplete_event_size=64 * 2**10,
     )
     server = _Server(config)
     server.ready = threading.Event()

@@ -9,20 +9,24 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 from vllm import SamplingParams, TokensPrompt
+from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.outputs import CompletionOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.logprobs import Logprob
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from smolkit.engine import EngineError
-from smolkit.sampling import GenerationRequest, TokenEvent
+from smolkit.sampling import GenerationRequest, Scores, TokenEvent
 
 
 def engine_args(arguments: Sequence[str]) -> AsyncEngineArgs:
     """vLLM's engine arguments from its own flags; underscores and dashes are the same to its parser."""
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="serve_vllm.py (vLLM's engine arguments)"))
+    # Grammars are llguidance's, see smolkit.grammar.
+    parser.set_defaults(structured_outputs_config=StructuredOutputsConfig(backend="guidance"))
     return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
 
 
@@ -50,12 +54,13 @@ class VllmEngine:
         try:
             async with aclosing(outputs):  # closing early makes vLLM abort the request
                 async for output in outputs:
-                    for event in _events(output.outputs[0]):
+                    for event in _events(output, request):
                         yield event
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineError("generation failed") from error
 
     def _sampling_params(self, request: GenerationRequest) -> SamplingParams:
+        grammar = request.grammar and StructuredOutputsParams(grammar=request.grammar.text)
         return SamplingParams(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
@@ -69,6 +74,10 @@ class VllmEngine:
             stop_token_ids=list(request.stop_ids),
             seed=request.seed,
             logprobs=request.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+            min_tokens=request.min_tokens,
+            ignore_eos=not request.stop_ids,  # or vLLM adds the end of text that the model's files name
+            structured_outputs=grammar,
             allowed_token_ids=self._allowed,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -79,18 +88,28 @@ class VllmEngine:
         self._llm.shutdown()
 
 
-def _events(output: CompletionOutput) -> list[TokenEvent]:
-    events = []
+def _events(result: RequestOutput, request: GenerationRequest) -> list[TokenEvent]:
+    events: list[TokenEvent] = []
+    output = result.outputs[0]
+    prompt = None
+    if request.prompt_logprobs is not None and result.prompt_logprobs:  # once, with the first token
+        pairs = zip(request.prompt_ids, result.prompt_logprobs, strict=True)
+        prompt = tuple(_scores(entries, token_id, request.prompt_logprobs) for token_id, entries in pairs)
     token_ids = list(output.token_ids)
     for number, token_id in enumerate(token_ids):
         finish = output.finish_reason if number == len(token_ids) - 1 else None
         if finish not in (None, "stop", "length"):
             raise EngineError(f"generation ended early: {finish}")
-        logprob, top = None, ()
+        scores: Scores = (None, ())
         if output.logprobs is not None:
-            entries = output.logprobs[number]
-            logprob = entries[token_id].logprob
-            best = sorted(entries.items(), key=lambda item: item[1].rank)
-            top = tuple((i, entry.logprob) for i, entry in best)
-        events.append(TokenEvent(token_id, logprob, top, finish))
+            scores = _scores(output.logprobs[number], token_id, request.logprobs)
+        events.append(TokenEvent(token_id, *scores, finish, None if events else prompt))
     return events
+
+
+def _scores(entries: dict[int, Logprob] | None, token_id: int, count: int) -> Scores:
+    """vLLM gives the chosen token beside the `count` most likely ones, and nothing for the first of a prompt."""
+    if not entries:
+        return None, ()
+    best = sorted(entries.items(), key=lambda item: item[1].rank)[:count]
+    return entries[token_id].logprob, tuple((i, entry.logprob) for i, entry in best)

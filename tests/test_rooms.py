@@ -13,6 +13,7 @@ ROOMS = sorted((ROOT / "smolkit").rglob("*.py"))
 FORBIDDEN = {
     "smolkit/openai_api.py": {"torch", "vllm"},
     "smolkit/openai_types.py": {"torch", "vllm"},
+    "smolkit/http_guard.py": {"torch", "transformers", "vllm"},
     "smolkit/errors.py": {"torch", "transformers"},
     "smolkit/files.py": {"torch", "transformers"},
     "smolkit/tiny_world.py": {"torch", "transformers", "numpy"},

@@ -38,6 +38,11 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+# Without the memory flag vLLM takes nearly all memory of the machine, and refuses to start where others use some.
+VLLM_FLAGS = (
+    "--served_model_name", "tiny", "--dtype", "float32", "--max_num_seqs", "4", "--enforce_eager",
+    "--gpu_memory_utilization", "0.1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,7 +71,7 @@ def tiny_config(vocab_size: int, **overrides: object) -> SmolConfig:
     """Weights large enough that a random model's answers vary."""
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     # vLLM's CPU attention wants a head size of at least 32.
-    rest = dict(num_key_value_heads=2, head_dim=32, max_position_embeddings=256, initializer_range=0.4)
+    rest = dict(num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.4)
     return SmolConfig(vocab_size=vocab_size, **{**sizes, **rest, **overrides})
 
 
@@ -93,7 +98,9 @@ def checkpoint(
 @contextmanager
 def started(root: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Popen]]:
     """A server process on a free port; gives the URL it prints."""
-    command = [sys.executable, str(root / str(arguments[0])), *map(str, arguments[1:]), "--port", "0"]
+    # vLLM may live in an environment of its own, without the test tools.
+    python = os.environ.get("SMOLLM_VLLM_PYTHON") if arguments[0] == "serve_vllm.py" else None
+    command = [python or sys.executable, str(root / str(arguments[0])), *map(str, arguments[1:]), "--port", "0"]
     # A file, not a pipe: a pipe that nobody reads any more would block the server when it is full.
     with tempfile.NamedTemporaryFile("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -160,12 +167,40 @@ def url(
 ) -> Iterator[str]:
     """A real server over the tiny model on a free loopback port: one suite for both engines."""
     if request.param == "vllm":
-        pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
-        flags = ("--served_model_name", "tiny", "--dtype", "float32", "--max_num_seqs", "4")
-        with started(root, "serve_vllm.py", "--model_path", checkpoint, *flags) as (base, _):
+        if "SMOLLM_VLLM_PYTHON" not in os.environ:
+            pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+        with started(root, "serve_vllm.py", "--model_path", checkpoint, *VLLM_FLAGS) as (base, _):
             yield base
         return
     engine = TorchEngine(model, model_name="tiny", vocab_limit=len(tokenizer), max_num_seqs=4)
+    with serving(create_app(engine, tokenizer, "tiny")) as base:
+        yield base
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def moe(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory of a Mixture-of-Experts, without padded vocabulary rows."""
+    torch.manual_seed(4)
+    config = tiny_config(len(tokenizer), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    directory = tmp_path_factory.mktemp("moe") / "tiny-moe"
+    SmolForCausalLM(config).eval().save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
+    return directory
+
+
+@pytest.fixture(scope="session", params=["torch", pytest.param("vllm", marks=pytest.mark.slow)])
+def moe_url(
+    request: pytest.FixtureRequest, moe: Path, tokenizer: PreTrainedTokenizerFast, root: Path
+) -> Iterator[str]:
+    """A real server over it, under the name of `tiny`."""
+    if request.param == "vllm":
+        if "SMOLLM_VLLM_PYTHON" not in os.environ:
+            pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+        with started(root, "serve_vllm.py", "--model_path", moe, *VLLM_FLAGS) as (base, _):
+            yield base
+        return
+    engine = TorchEngine(SmolForCausalLM.from_pretrained(moe, dtype=torch.float32), model_name="tiny")
     with serving(create_app(engine, tokenizer, "tiny")) as base:
         yield base
     engine.close()

@@ -267,6 +267,17 @@ def error_of(response: httpx.Response | requests.Response) -> dict[str, Any]:
     return body["error"]
 
 
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"type": "object", "properties": value}
+    return value
+
+
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
@@ -291,9 +302,24 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"tools": [{"type": "function"}]}, "tools.0.function"),
-    ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": schema_format({"type": "robot"})}, "response_format"),
+    ({"response_format": schema_format({"type": "object", "unevaluatedProperties": False})}, "response_format"),
+    ({"response_format": schema_format({"type": "string", "pattern": "(?<=a)b"})}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens"),
+    ({"tools": [WEATHER], "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+    ({"chat_template_kwargs": {"tools": "x"}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"enable_thinking": [1]}}, "chat_template_kwargs.enable_thinking"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(70)}}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": "\ud800"}}}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": float("nan")}}}]}, "tools"),
+    ({"stop": "x" * 1001}, "stop"),
+    ({"echo": True}, "echo"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
 ]
@@ -310,7 +336,9 @@ def test_bad_chat_requests(url: str, fields: dict[str, Any], param: str) -> None
 @pytest.mark.parametrize(
     "fields", [{"prompt": []}, {"prompt": ""}, {"prompt": [-1]}, {"prompt": [10**6]}, {"prompt": ["a", 1]},
     {"prompt": "\udfff"},
-     {"prompt": "a", "echo": True}, {"prompt": "a", "best_of": 3}, {"prompt": "a", "suffix": "b"}, {}],
+     {"prompt": "a", "max_tokens": 0}, {"prompt": "a", "max_tokens": -1}, {"prompt": "a", "logprobs": 21},
+     {"prompt": "a", "response_format": {"type": "json_object"}}, {"prompt": "a", "best_of": 3},
+     {"prompt": "a", "suffix": "b"}, {}],
 )  # fmt: skip
 def test_bad_completions(url: str, fields: dict[str, Any]) -> None:
     body = json.dumps({"max_tokens": 2, **fields})
@@ -334,8 +362,8 @@ def test_error_statuses(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         chat_text(client, model="gpt-4")
     assert missing.value.code == "model_not_found" and missing.value.param == "model"
-    with pytest.raises(openai.BadRequestError, match="256") as long:
-        client.completions.create(model="tiny", prompt=[5] * 256, max_tokens=4)
+    with pytest.raises(openai.BadRequestError, match="512") as long:
+        client.completions.create(model="tiny", prompt=[5] * 512, max_tokens=4)
     assert long.value.code == "context_length_exceeded" and long.value.param == "prompt"
     assert httpx.get(f"{url}/nowhere").status_code == 404
     assert "nowhere" in error_of(httpx.get(f"{url}/nowhere"))["message"]
@@ -355,8 +383,8 @@ def test_error_statuses(client: openai.OpenAI, url: str) -> None:
 
 
 def test_answer_fills_the_context_at_most(client: openai.OpenAI) -> None:
-    result = client.completions.create(model="tiny", prompt=[5] * 200, max_tokens=10_000, temperature=0, logit_bias={})
-    assert result.usage.total_tokens <= 256
+    result = client.completions.create(model="tiny", prompt=[5] * 400, max_tokens=10_000, temperature=0, logit_bias={})
+    assert result.usage.total_tokens <= 512
 
 
 def test_engine_failures(scripted: Scripted, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -414,7 +442,7 @@ def test_api_keys(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_routes(client: openai.OpenAI, url: str) -> None:
     (model,) = client.models.list().data
-    assert model.id == "tiny" and model.object == "model" and model.max_model_len == 256
+    assert model.id == "tiny" and model.object == "model" and model.max_model_len == 512
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")

@@ -122,7 +122,7 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((checkpoint / "config.json").read_text())
     assert "tokenizer_config.json is missing" in refused("--model_path", tmp_path / "bare")
-    assert "256" in refused("--model_path", checkpoint, "--max_model_len", 5000)
+    assert "512" in refused("--model_path", checkpoint, "--max_model_len", 5000)
     assert "not a PEFT adapter" in refused("--model_path", checkpoint, "--adapter", tmp_path / "empty")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
