@@ -29,6 +29,8 @@ class GenerationRequest:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    adapter: str | None = None  # the LoRA adapter that answers; None: the model itself
+    timeout: float | None = None  # seconds after which the engine gives the request up; None: the engine's own limit
     stop_ids: Collection[int] = ()
     seed: int | None = None
     logprobs: int | None = None

@@ -106,7 +106,8 @@ def test_logprobs_are_the_models_own() -> None:
     model = random_model("dense")
     batch, prompt = ContinuousBatch(model), [9, 10, 11]
     request = GenerationRequest(prompt, 8, temperature=1.5, seed=0, logprobs=4)
-    events = [event for _, event in batch.prefill([batch.start(request)])]
+    batch.add(batch.start(request))
+    events = []
     while len(batch):
         events += [event for _, event in batch.step()]
     tokens = [event.token_id for event in events]
@@ -213,12 +214,13 @@ def test_bf16_answers_do_not_depend_on_company() -> None:
     """bf16 logits have many near ties, so any change of rounding would show."""
     model, prompts = random_model("dense").to(torch.bfloat16), random_prompts(8)
     alone = [generate_batch(model, [prompt], 12, STOPS)[0] for prompt in prompts]
-    batch, answers = ContinuousBatch(model), {}
+    batch, answers = ContinuousBatch(model, chunk=128), {}
     waiting = [batch.start(GenerationRequest(p, 12, 0.0, stop_ids=STOPS)) for p in prompts]
     order = list(waiting)
     while waiting or len(batch):
-        events = batch.prefill([waiting.pop(0)]) if waiting else []  # one joins at every step
-        for sequence, event in events + (batch.step() if len(batch) else []):
+        if waiting:  # one joins at every step
+            batch.add(waiting.pop(0))
+        for sequence, event in batch.step():
             answers.setdefault(sequence, []).append(event.token_id)
     assert [answers[sequence] for sequence in order] == alone
 
