@@ -6,7 +6,7 @@ width. Racks hold about `RACK_BYTES` (a longer row has one of its own) and are a
 shrinks with what runs, and never passes the budget.
 
 `PrefixBlocks` keeps what whole chunks of prompts computed, keyed by all tokens up to their end (as vLLM's automatic
-prefix caching does, Kwon et al., arXiv:2309.06180). It lives in the memory that sequences do not need.
+prefix caching does, Kwon et al., arXiv:2309.06180), in a fixed part of the budget.
 """
 
 from collections import OrderedDict
@@ -73,7 +73,8 @@ class Shelf:
 class Cache:
     """Rows for at most `max_rows` sequences of at most `max_columns` tokens, and blocks of prefixes.
 
-    All of it takes at most `budget` bytes (None: as much as it needs, and no prefixes).
+    All of it takes at most `budget` bytes (None: as much as the rows need, and no prefixes), a part `prefix_share` of
+    them for prefixes.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Cache:
         max_rows: int,
         max_columns: int,
         budget: int | None = None,
+        prefix_share: float = 0.0,
     ):
         self.L, self.K, self.Dh = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         self.dtype, self.device, self.budget = dtype, device, budget
@@ -98,12 +100,16 @@ class Cache:
             widths.append(width)
             width *= 2
         self.shelves = [Shelf(w, max(1, min(max_rows, rack // (w * column)))) for w in (*widths, widest)]
-        self.prefixes = PrefixBlocks()
+        self.prefixes = PrefixBlocks(int((budget or 0) * prefix_share))
 
     @property
     def bytes(self) -> int:
         """Allocated now."""
-        return sum(len(shelf.racks) * self.rack_bytes(shelf) for shelf in self.shelves) + self.prefixes.bytes
+        return self.row_bytes + self.prefixes.bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(len(shelf.racks) * self.rack_bytes(shelf) for shelf in self.shelves)
 
     def rack_bytes(self, shelf: Shelf) -> int:
         return shelf.rows_per_rack * shelf.width * self.column_bytes
@@ -111,7 +117,7 @@ class Cache:
     @property
     def least_budget(self) -> int:
         """Bytes without which the longest sequence could not run even alone: its last two rows, for the move."""
-        return sum(self.rack_bytes(shelf) for shelf in self.shelves[-2:])
+        return sum(self.rack_bytes(shelf) for shelf in self.shelves[-2:]) + self.prefixes.limit
 
     def shelf_for(self, columns: int) -> Shelf:
         return next(shelf for shelf in self.shelves if shelf.width >= room_for(columns))
@@ -157,25 +163,18 @@ class Cache:
         return found
 
     def _make_room(self, wanted: int) -> bool:
-        """Give back idle racks, then the prefixes unused for longest, until `wanted` bytes fit the budget."""
+        """Give back idle racks until `wanted` bytes fit beside the others."""
         if self.budget is None:
             return True
+        limit = self.budget - self.prefixes.limit - wanted
         for shelf in self.shelves:
-            while self.bytes + wanted > self.budget and shelf.idle():
+            while self.row_bytes > limit and shelf.idle():
                 shelf.racks.pop()
-        while self.bytes + wanted > self.budget and self.prefixes.bytes:
-            self.prefixes.drop_oldest()
-        return self.bytes + wanted <= self.budget
+        return self.row_bytes <= limit
 
     def keep_prefix(self, adapter: Hashable, tokens: Sequence[int], chunk: int, row: Row) -> None:
-        """Keep the last `chunk` columns of a row filled with `tokens`, if at most a quarter of the budget allows it."""
-        size, limit = chunk * self.column_bytes, None if self.budget is None else self.budget // 4
-        if limit is None or size > limit:
-            return
-        while self.prefixes.bytes + size > limit:
-            self.prefixes.drop_oldest()
-        if self.bytes + size <= self.budget:
-            self.prefixes.keep(adapter, tokens, chunk, row.states)
+        """Keep the last `chunk` columns of a row filled with `tokens`."""
+        self.prefixes.keep(adapter, tokens, chunk, row.states)
 
     def fill_from_prefixes(self, adapter: Hashable, tokens: Sequence[int], chunk: int, row: Row) -> int:
         """Copy what is known of the beginning of a prompt into an empty row; the number of columns filled.
@@ -195,7 +194,8 @@ class PrefixBlocks:
     no hash to trust. The least recently used chunk goes first, and always before those it stands on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # bytes
         self.blocks: OrderedDict[_Key, tuple[int, Tensor]] = OrderedDict()
         self.bytes = 0
         self.last = 0
@@ -210,13 +210,16 @@ class PrefixBlocks:
         if len(before) < len(tokens) // chunk - 1:
             return
         key = (self.blocks[before[-1]][0] if before else adapter, tuple(tokens[-chunk:]))
-        if key in self.blocks:
+        block = states[:, :, :, len(tokens) - chunk : len(tokens)]
+        if key in self.blocks or block.nbytes * (len(before) + 1) > self.limit:
             return
         self.last += 1
-        block = states[:, :, :, len(tokens) - chunk : len(tokens)].clone(memory_format=torch.contiguous_format)
-        self.blocks[key] = (self.last, block)
+        self.blocks[key] = (self.last, block.clone(memory_format=torch.contiguous_format))
         self.bytes += block.nbytes
         self._use(adapter, tokens, chunk)
+        while self.bytes > self.limit:
+            _, (_, oldest) = self.blocks.popitem(last=False)
+            self.bytes -= oldest.nbytes
 
     def _use(self, adapter: Hashable, tokens: Sequence[int], chunk: int) -> list[_Key]:
         """Keys of the known chunks, which become the most recent; the first one, that most others need, at the end."""
@@ -231,7 +234,3 @@ class PrefixBlocks:
         for key in reversed(keys):
             self.blocks.move_to_end(key)
         return keys
-
-    def drop_oldest(self) -> None:
-        _, (_, block) = self.blocks.popitem(last=False)
-        self.bytes -= block.nbytes

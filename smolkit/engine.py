@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a prompt that run together, and most of them between two steps, by device.
 CHUNK = {"cpu": 128, "else": 512}
+PREFIX_SHARE = 1 / 8  # of the memory for keys and values
 MAX_BATCHED_TOKENS = {"cpu": 512, "else": 4096}
 
 
@@ -119,7 +120,7 @@ class ContinuousBatch:
         self.decoder = Decoder(model, vocab_limit)
         self.max_num_seqs, self.max_num_batched_tokens, self.chunk = max_num_seqs, max_num_batched_tokens, chunk
         self.max_model_len = min(max_model_len or 1 << 62, self.decoder.config.max_position_embeddings)
-        self.budget, self.prefix_reuse = budget, prefix_reuse and chunk is not None
+        self.budget, self.prefix_reuse = budget, prefix_reuse and None not in (chunk, budget)
         self.waiting: deque[_Sequence] = deque()
         self.running: list[_Sequence] = []  # in order of admission
         self.preemptions = self.reused_tokens = 0  # since the start, for reports
@@ -140,7 +141,7 @@ class ContinuousBatch:
         self.running.clear()
         config, dtype, device = self.decoder.config, self.decoder.dtype, self.decoder.device
         limits = {"max_rows": self.max_num_seqs, "max_columns": self.max_model_len, "budget": self.budget}
-        self.cache = Cache(config, dtype, device, **limits)
+        self.cache = Cache(config, dtype, device, prefix_share=PREFIX_SHARE * self.prefix_reuse, **limits)
 
     def start(self, request: GenerationRequest) -> _Sequence:
         """The state of a new request, to be given to `add`."""
