@@ -31,6 +31,7 @@ from smol_model import (
     turn,
 )
 from smolkit.cache import Row, room_for
+from smolkit.quantize import Int8Linear, Int8Product
 
 Pair = tuple[Tensor, Tensor]  # of a LoRA adapter: A (r, I), and B (O, r) times its scale
 # Which rows of a batch use which adapter: a name and its rows, for each adapter in use.
@@ -51,6 +52,10 @@ class Projection:
         self.layers: tuple[nn.Module, ...] = ()
         self.rows, self.packed = rows, False
         self.adapters: dict[str, Pair] = {}
+        self.int8: Int8Product | None = None
+        if all(type(layer) is Int8Linear for layer in layers):
+            self.sizes, self.int8 = [len(layer.weight) for layer in layers], Int8Product(layers)
+            return
         if not all(type(layer) in (nn.Linear, LMHead) for layer in layers):
             self.layers = layers
             return
@@ -60,8 +65,7 @@ class Projection:
             self.weight = weights[0] if len(layers) == 1 else torch.cat(weights)
             biases = [layer.bias for layer in layers]
             self.bias = None if biases[0] is None else torch.cat(biases)
-            self.device, self.dtype = self.weight.device, self.weight.dtype
-            if self.device.type == "cpu" and self.dtype == torch.bfloat16 and packs():
+            if self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16 and packs():
                 self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
                 self.packed = True
 
@@ -74,13 +78,15 @@ class Projection:
         return y
 
     def _product(self, x: Tensor) -> Tensor:
+        if self.int8 is not None:
+            return self.int8(x)
         if self.layers:
             return torch.cat([layer(x) for layer in self.layers], dim=-1)[:, : self.rows]
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
-    def adapt(self, name: str, pairs: list[Pair | None]) -> None:
+    def adapt(self, name: str, pairs: list[Pair | None], device: torch.device, dtype: torch.dtype) -> None:
         """Add an adapter: a pair for each stacked layer that it changes. Their products become one."""
         present = [pair for pair in pairs if pair is not None]
         if not present:
@@ -89,7 +95,7 @@ class Projection:
             pair[1] if pair is not None else torch.zeros(size, 0) for pair, size in zip(pairs, self.sizes, strict=True)
         ]
         first, second = torch.cat([pair[0] for pair in present]), torch.block_diag(*blocks)  # (R, I), (O, R)
-        self.adapters[name] = (first.to(self.device, self.dtype), second.to(self.device, self.dtype))
+        self.adapters[name] = (first.to(device, dtype), second.to(device, dtype))
 
 
 def packs() -> bool:
@@ -123,7 +129,8 @@ class _Layer:
             mlp = self.mlp
             parts |= {mlp.gate: "mlp.gate_proj", mlp.up: "mlp.up_proj", mlp.down: "mlp.down_proj"}
         for projection, modules in parts.items():
-            projection.adapt(name, [pairs.pop(module, None) for module in modules.split()])
+            own = [pairs.pop(module, None) for module in modules.split()]
+            projection.adapt(name, own, self.norm.device, self.norm.dtype)
 
     def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor], users: Users = ()) -> Tensor:
         """x (N, D) -> (N, H + 2K, Dh): queries and keys, turned, then values."""
