@@ -78,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare(seed=None, threads=args.threads)
     path = args.model_path or newest_checkpoint()
     directory, adapter = split_adapter(path, args.adapter)
+    model_name = args.served_model_name or model_name_of(path)
+    loras = parse_loras(args.lora, model_name)
     sock = listen(args.host, args.port)  # a taken port shows before the model is loaded
     tokenizer = load_tokenizer(directory)
-    model_name = args.served_model_name or model_name_of(path)
-    loras = parse_loras(args.lora)
     batched = {} if args.max_num_batched_tokens is None else {"max_num_batched_tokens": args.max_num_batched_tokens}
     engine = load_engine(
         directory,

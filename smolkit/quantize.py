@@ -140,7 +140,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _set_scales(model: nn.Module, method: str, group_size: int | None) -> tuple[int, float]:
-    """Attach scales to the layers; returns how many there are and the relative error of all their weights."""
+    """Attach scales, in the model's dtype; returns the number of layers and the relative error of all their weights."""
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.lifecycle import fake_quantize
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
@@ -155,7 +155,7 @@ def _set_scales(model: nn.Module, method: str, group_size: int | None) -> tuple[
     layers = list(_layers(model))
     with torch.no_grad():
         for _, layer in layers:
-            weight = layer.weight.float()
+            weight = layer.weight.data = layer.weight.float()  # bf16 quotients would round to the wrong step
             groups = weight.unflatten(1, (-1, group_size or weight.shape[1]))  # (O, groups, size)
             scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
             layer.weight_scale.copy_(scale)

@@ -51,8 +51,9 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def newest_checkpoint(root: str | Path = "out") -> Path:
-    """The checkpoint directory under `root` that was written last."""
-    configs = [c for c in Path(root).glob("**/config.json") if any(c.parent.glob("*.safetensors"))]
+    """The checkpoint or adapter directory under `root` that was written last."""
+    found = (file for name in ("config.json", "adapter_config.json") for file in Path(root).glob(f"**/{name}"))
+    configs = [file for file in found if any(file.parent.glob("*.safetensors"))]
     if not configs:
         raise UserError(f"no checkpoint under {root}/: give one as --model_path")
     newest = max(configs, key=lambda config: config.stat().st_mtime).parent
@@ -193,14 +194,14 @@ def default_budget(model: torch.nn.Module, sequences: int, length: int, device: 
     return min(int(1.25 * token * sequences * length) + 2**28, free // 2)
 
 
-def parse_loras(items: Sequence[str]) -> dict[str, Path]:
+def parse_loras(items: Sequence[str], model_name: str) -> dict[str, Path]:
     """`name=directory` of every --lora; `UserError` naming the one that is wrong."""
     loras: dict[str, Path] = {}
     for item in items:
         name, _, directory = item.partition("=")
         if not name or not directory:
             raise UserError(f"--lora {item}: must be name=directory")
-        if name in loras:
+        if name in loras or name == model_name:
             raise UserError(f"--lora {item}: the name {name} is taken already")
         if not (Path(directory) / "adapter_config.json").is_file():
             raise UserError(f"--lora {item}: not a PEFT adapter directory, adapter_config.json is missing")
@@ -215,7 +216,7 @@ def _read_lora(model: SmolForCausalLM, name: str, directory: Path) -> dict[str, 
         return serving_pairs(model.config, directory)
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--lora {name}={directory}: it does not fit the model: {_first_line(error)}") from None
 
 
