@@ -370,8 +370,8 @@ def test_a_long_prompt_does_not_stall_a_stream() -> None:
 def test_giving_way_changes_no_answer(kind: str) -> None:
     """A budget for about three of six sequences, in bf16, where any change of rounding would show."""
     model = long_model(kind)
-    prompts = long_prompts(6, 100, 250)
-    requests = [GenerationRequest(p, 180, i % 2 * 1.0, seed=i) for i, p in enumerate(prompts)]
+    prompts = long_prompts(6, 180, 250)
+    requests = [GenerationRequest(p, 120, i % 2 * 1.0, seed=i) for i, p in enumerate(prompts)]
     free = ContinuousBatch(model, chunk=128)
     expected = answers_of(free, requests)
     tight = ContinuousBatch(model, chunk=128, budget=5 * 2**18, max_model_len=600)  # rows of 256 and 632 columns
@@ -469,6 +469,37 @@ def test_everybody_hears_of_a_failing_step(monkeypatch: pytest.MonkeyPatch) -> N
         except EngineError:  # it may have been admitted while steps still failed
             pass
         assert len(await collect(engine, GenerationRequest([9], 5, 0.0))) == 5
+
+    asyncio.run(run())
+    engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "qwen3_moe"])
+def test_on_a_gpu(kind: str) -> None:
+    """fp32 greedy answers of transformers, through chunks, reused prefixes, adapters beside them and rows given up."""
+    model = long_model(kind, torch.float32).cuda()
+    system = long_prompts(1, 300, 301)[0]
+    prompts = [system + prompt for prompt in long_prompts(5, 10, 120)]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        mask = torch.ones_like(ids)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=120, do_sample=False, pad_token_id=0)
+        expected.append(output[0, len(prompt) :].tolist())
+    column = ContinuousBatch(model).cache.column_bytes
+    batch = ContinuousBatch(model, chunk=128, max_model_len=600, budget=4 * 632 * column)
+    pair = torch.randn(4, 32), torch.randn(128, 4)
+    batch.decoder.adapt("a", {f"model.layers.{i}.self_attn.q_proj": pair for i in range(2)})
+    requests = [GenerationRequest(prompt, 120, 0.0) for prompt in prompts]
+    mixed = answers_of(batch, [GenerationRequest(prompts[0], 120, 0.0, adapter="a"), *requests])
+    assert mixed[1:] == expected and mixed[0] != expected[0]
+    assert batch.reused_tokens > 0 and batch.preemptions > 0
+    engine = TorchEngine(model.to(torch.bfloat16), budget=2**28)
+
+    async def run() -> None:
+        answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+        assert [len(answer) for answer in answers] == [120] * len(prompts)
 
     asyncio.run(run())
     engine.close()

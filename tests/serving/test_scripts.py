@@ -294,6 +294,40 @@ def test_chat_errors(tmp_path: Path, scripted: tuple[ScriptedEngine, openai.Open
         chat.main(["--model_path", str(tmp_path / "nothing"), "--prompt", "hi"])
 
 
+def documented_commands(root: Path, title: str) -> list[list[str]]:
+    """The shell lines of a section of the README, as words."""
+    section = (root / "README.md").read_text(encoding="utf-8").split(f"### {title}\n")[1].split("\n### ")[0]
+    lines = section.split("```bash\n")[1].split("```")[0].splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["serve_hf.py", "serve_vllm.py"])
+def test_documented_commands(
+    root: Path, script: str, quantisable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line of the README about the engines, with a tiny checkpoint in the place of the quickstart's."""
+    from peft import LoraConfig, get_peft_model
+
+    if script == "serve_vllm.py":
+        pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+    monkeypatch.setenv("SMOLLM_CACHE", str(tmp_path / "cache"))
+    base = SmolForCausalLM.from_pretrained(quantisable)
+    wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.peft_config["default"].base_model_name_or_path = str(quantisable)
+    wrapped.save_pretrained(tmp_path / "lora")
+    places = {"out/quickstart/sft": str(quantisable), "out/quickstart/lora": str(tmp_path / "lora")}
+    commands = [words[1:] for words in documented_commands(root, "The two engines") if words[1] == script]
+    assert len(commands) == 3
+    for words in commands:
+        for place, directory in places.items():
+            words = [word.replace(place, directory) for word in words]
+        with started(root, *words) as (url, _):
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+            model = client.models.list().data[0].id
+            assert client.completions.create(model=model, prompt="What", max_tokens=2).usage.completion_tokens > 0
+
+
 # --- vLLM (`make test-all`, where it is installed) ----------------------------------------------------------
 
 
@@ -355,11 +389,8 @@ def test_vllm_accepts_the_documented_commands(root: Path) -> None:
     import serve_vllm
     from smolkit.vllm_engine import engine_args
 
-    section = (root / "README.md").read_text(encoding="utf-8").split("### Several GPUs and nodes")[1].split("\n### ")[0]
-    lines = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines if line.strip()]
     seen = set()
-    for words in commands:
+    for words in documented_commands(root, "Several GPUs and nodes"):
         if words[:2] == ["python", "serve_vllm.py"]:
             args, rest = serve_vllm.parse(words[2:])
             parsed = engine_args(["--model", args.model_path, *rest])
