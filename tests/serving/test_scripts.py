@@ -322,6 +322,7 @@ def test_documented_commands(
     for words in commands:
         for place, directory in places.items():
             words = [word.replace(place, directory) for word in words]
+        words += ["--enforce_eager"] if script == "serve_vllm.py" else []
         with started(root, *words) as (url, _):
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
             model = client.models.list().data[0].id
@@ -351,8 +352,8 @@ def test_vllm_serves_quantised_directories(
     pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
     monkeypatch.setenv("SMOLLM_CACHE", str(tmp_path))
     answers = []
-    for script in ("serve_vllm.py", "serve_hf.py"):
-        with started(root, script, "--model_path", quantisable, "--quantization", method) as (url, _):
+    for script, flags in (("serve_vllm.py", ["--enforce_eager"]), ("serve_hf.py", [])):  # eager: it starts sooner
+        with started(root, script, "--model_path", quantisable, "--quantization", method, *flags) as (url, _):
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
             options = {"model": quantisable.name, "max_tokens": 1, "temperature": 0, "logprobs": 3}
             prompts = ["The process of", "Emoji take four", "What is"]
@@ -367,9 +368,10 @@ def test_vllm_serves_adapters(root: Path, checkpoint: Path, adapter: Path) -> No
     """Beside the model, and an unmerged directory as it lies: both servers answer alike."""
     pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
     answers: dict[str, list[str]] = {}
-    for script, dtype in (("serve_vllm.py", "float32"), ("serve_hf.py", "fp32")):
+    sides = {"serve_vllm.py": ["--dtype", "float32", "--enforce_eager"], "serve_hf.py": ["--dtype", "fp32"]}
+    for script, dtype in sides.items():
         for flags in (("--model_path", checkpoint, "--lora", f"skill={adapter}"), ("--model_path", adapter)):
-            with started(root, script, *flags, "--dtype", dtype) as (url, _):
+            with started(root, script, *flags, *dtype) as (url, _):
                 client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
                 options = {"prompt": "The process", "max_tokens": 10, "temperature": 0}
                 for model in [card.id for card in client.models.list().data]:
