@@ -30,7 +30,7 @@ def room_for(columns: int) -> int:
 
 @dataclass(eq=False)
 class Row:
-    """Where a sequence lives: row `index % rack rows` of rack `index // rack rows` of its shelf."""
+    """Where a sequence (`owner`, with `length` columns filled) lives: a row of one of the racks of a shelf."""
 
     shelf: "Shelf"
     index: int
@@ -62,7 +62,8 @@ class Shelf:
     def remove(self, row: Row) -> None:
         last = self.rows.pop()
         if last is not row:
-            row.states.copy_(last.states)
+            filled = last.owner.length
+            row.states[:, :, :, :filled] = last.states[:, :, :, :filled]
             self.rows[row.index], last.index = last, row.index
 
     def idle(self) -> int:
