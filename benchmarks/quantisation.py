@@ -39,7 +39,7 @@ def load(directory: str, method: str) -> SmolForCausalLM:
     """As serve_hf.py loads it on this machine."""
     if method == "bf16":
         return SmolForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    return load_quantized(directory, torch.bfloat16, keep_int8=Int8Product.available()).eval()
+    return load_quantized(directory, torch.bfloat16).eval()
 
 
 def measure(directory: str, method: str, rows: list[list[int]], new: int, streams: list[int]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def compare(directory: str, text: str | None, rounds: int, tokens: int, new: int
                 speeds = {key: [row[f"decode_{number}"] for row in results[key]] for key in (name, "bf16")}
                 table[name][f"decode_{number}"] = [round(speed, 1) for speed in speeds[name]]
                 table[name][f"decode_{number}_over_bf16"] = common.ratio_by_round(speeds[name], speeds["bf16"])
-    return {**common.environment(), "int8_kernel": Int8Product.available(), "table": table}
+    return {**common.environment(), "int8_kernel": Int8Product.pays(SmolConfig.from_pretrained(directory)), "table": table}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids
 from smolkit.engine import TorchEngine
 from smolkit.errors import UserError
-from smolkit.quantize import Int8Product, cached, is_quantized, load_quantized
+from smolkit.quantize import cached, is_quantized, load_quantized
 from smolkit.runtime import compute_dtype, default_device
 
 logger = logging.getLogger(__name__)
@@ -148,8 +148,7 @@ def load_engine(
     device = default_device()
     try:
         if is_quantized(directory):
-            keep = device.type == "cpu" and Int8Product.available()
-            model = load_quantized(directory, compute_dtype(dtype), keep_int8=keep)
+            model = load_quantized(directory, compute_dtype(dtype), None if device.type == "cpu" else False)
         else:
             model = SmolForCausalLM.from_pretrained(directory, dtype=compute_dtype(dtype), local_files_only=True)
     except UserError:
