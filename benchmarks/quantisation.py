@@ -102,7 +102,7 @@ def compare(directory: str, text: str | None, rounds: int, tokens: int, new: int
             size = sum(file.stat().st_size for file in Path(directories[name]).glob("*.safetensors"))
             report = Path(directories[name]) / REPORT
             table[name] = {
-                "mib": round(size / 2**20, 1),
+                "mib": round(size / 2**20, 3),
                 "perplexity": round(own[0]["perplexity"], 4),
                 "perplexity_change": round(own[0]["perplexity"] / results["bf16"][0]["perplexity"] - 1, 5),
                 "weight_error": json.loads(report.read_text())["weight_error"] if name != "bf16" else 0.0,
@@ -111,7 +111,8 @@ def compare(directory: str, text: str | None, rounds: int, tokens: int, new: int
                 speeds = {key: [row[f"decode_{number}"] for row in results[key]] for key in (name, "bf16")}
                 table[name][f"decode_{number}"] = [round(speed, 1) for speed in speeds[name]]
                 table[name][f"decode_{number}_over_bf16"] = common.ratio_by_round(speeds[name], speeds["bf16"])
-    return {**common.environment(), "int8_kernel": Int8Product.pays(SmolConfig.from_pretrained(directory)), "table": table}
+    in_int8 = Int8Product.pays(SmolConfig.from_pretrained(directory))
+    return {**common.environment(), "int8_products": in_int8, "table": table}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
