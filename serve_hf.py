@@ -2,6 +2,8 @@
 
     python serve_hf.py --model_path out/quickstart/dpo
     python serve_hf.py --model_path out/quickstart/sft --adapter out/quickstart/lora --port 0
+    python serve_hf.py --model_path out/quickstart/sft --lora skill=out/quickstart/lora     # both, chosen by `model`
+    python serve_hf.py --model_path out/quickstart/sft --quantization int8
 
 Then, from any OpenAI client:
 
@@ -28,6 +30,7 @@ from smolkit.serving import (
     load_tokenizer,
     model_name_of,
     newest_checkpoint,
+    parse_loras,
     serve,
     split_adapter,
     stop_ids_of,
@@ -42,6 +45,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--adapter", help="PEFT adapter directory, merged into the model while loading")
     parser.add_argument(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="PEFT adapters served beside the model; a request chooses one as its `model`",
+    )
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="round the weights; the result is kept")
+    parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "bf16", "fp16", "fp32"],
@@ -49,6 +60,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max_model_len", type=int, help="longest prompt plus answer; default: the model's context")
     parser.add_argument("--max_num_seqs", type=int, default=16, help="requests decoded together")
+    parser.add_argument(
+        "--max_num_batched_tokens", type=int, help="prompt tokens between two tokens of running answers; default: 512"
+    )
+    parser.add_argument(
+        "--kv_cache_gib", type=float, help="GiB for keys and values; default: for --max_num_seqs of --max_model_len"
+    )
     parser.add_argument("--max_queue", type=int, default=256, help="requests that may wait; more get status 503")
     parser.add_argument("--threads", type=int, help="CPU threads of one operation; default: OMP_NUM_THREADS or all")
     add_server_arguments(parser)
@@ -63,18 +80,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.model_path or newest_checkpoint()
     directory, adapter = split_adapter(path, args.adapter)
     options = app_options(args)
+    model_name = args.served_model_name or model_name_of(path)
+    loras = parse_loras(args.lora, model_name)
     sock = listen(args.host, args.port)  # a taken port shows before the model is loaded
     tokenizer = load_tokenizer(directory)
-    model_name = args.served_model_name or model_name_of(path)
+    batched = {} if args.max_num_batched_tokens is None else {"max_num_batched_tokens": args.max_num_batched_tokens}
     engine = load_engine(
         directory,
         tokenizer,
         model_name=model_name,
         dtype=args.dtype,
         adapter=adapter,
+        loras=loras,
+        quantization=args.quantization,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
+        kv_cache_gib=args.kv_cache_gib,
         max_queue=args.max_queue,
+        **batched,
     )
     app = create_app(
         engine,

@@ -3,17 +3,23 @@
     pip install -r requirements-vllm-cuda.txt        (without a GPU: requirements-vllm-cpu.txt)
     python serve_vllm.py
     python serve_vllm.py --model_path out/quickstart/dpo --tensor_parallel_size 4 --gpu_memory_utilization 0.9
+    python serve_vllm.py --model_path out/quickstart/sft --lora skill=out/quickstart/lora
+    python serve_vllm.py --model_path out/quickstart/sft --quantization int8
 
-Without --model_path the newest checkpoint under out/ is served. Flags that are not listed here go to vLLM's engine
-as they are (`--enforce_eager`, `--kv_cache_dtype fp8`, ...; see vLLM's "Engine Arguments").
+Without --model_path the newest checkpoint under out/ is served, be it of any stage; an unmerged LoRA directory is
+served over its base model. Flags that are not listed here go to vLLM's engine as they are (`--enforce_eager`,
+`--kv_cache_dtype fp8`, `--data_parallel_size 2`, ...; see vLLM's "Engine Arguments").
 """
 
 import argparse
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from smolkit.errors import UserError, run
 from smolkit.openai_api import create_app
+from smolkit.quantize import cached
 from smolkit.serving import (
     add_server_arguments,
     app_options,
@@ -21,6 +27,7 @@ from smolkit.serving import (
     load_tokenizer,
     model_name_of,
     newest_checkpoint,
+    parse_loras,
     serve,
     split_adapter,
     stop_ids_of,
@@ -33,26 +40,35 @@ ENGINE_FLAGS = {
     "max_num_batched_tokens": (int, "most tokens of one step"),
     "max_num_seqs": (int, "most sequences of one step"),
     "max_model_len": (int, "longest prompt plus answer"),
-    "quantization": (str, "a method that vLLM applies while loading, such as fp8"),
 }
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is vLLM's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", help="checkpoint directory; default: the newest under out/")
+    parser.add_argument("--model_path", help="checkpoint or PEFT adapter directory; default: the newest under out/")
     for name, (kind, text) in ENGINE_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument(
+        "--quantization",
+        help="int8 or int4: round the weights (the result is kept and serves again); else vLLM's, such as fp8",
+    )
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="PEFT adapters served beside the model; a request chooses one as its `model`",
+    )
     add_server_arguments(parser)
     args, rest = parser.parse_known_args(argv)
-    if args.quantization in ("int8", "int4"):
-        raise UserError(
-            f"--quantization {args.quantization}: this version cannot quantise; leave it out, or serve a directory "
-            "that is quantised already (vLLM recognises compressed-tensors, AWQ and GPTQ by itself)"
-        )
+    if args.quantization == "fp8" and not torch.cuda.is_available():
+        raise UserError("--quantization fp8: vLLM has fp8 kernels for GPUs only, and torch sees none; use int8 or int4")
     for name in ENGINE_FLAGS:
         if (value := getattr(args, name)) is not None:
             rest += [f"--{name}", str(value)]
+    if args.quantization not in (None, "int8", "int4"):
+        rest += ["--quantization", args.quantization]
     return args, rest
 
 
@@ -62,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     path = args.model_path or newest_checkpoint()
     directory, adapter = split_adapter(path, None)
-    if adapter is not None:
-        raise UserError(f"{path}: an unmerged adapter; merge it (train_lora.py --merge) or use serve_hf.py")
+    name = args.served_model_name or model_name_of(path)
+    loras = parse_loras(args.lora, name)
     try:
-        from smolkit.vllm_engine import VllmEngine, engine_args
+        from smolkit.vllm_engine import VllmEngine, engine_args, lora_flags
     except ImportError as error:
         raise UserError(
             f"vLLM cannot be imported ({error}): install requirements-vllm-cuda.txt (or -cpu), or use serve_hf.py"
@@ -73,9 +89,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = app_options(args)
     sock = listen(args.host, args.port)
     tokenizer = load_tokenizer(directory)
-    name = args.served_model_name or model_name_of(path)
-    vllm_args = engine_args(["--model", str(directory), *rest])
-    engine = VllmEngine(vllm_args, model_name=name, vocab_limit=len(tokenizer))
+    weights = cached(directory, args.quantization) if args.quantization in ("int8", "int4") else directory
+    engine = VllmEngine(
+        engine_args(["--model", str(weights), *lora_flags([*loras.values(), *filter(None, [adapter])]), *rest]),
+        model_name=name,
+        vocab_limit=len(tokenizer),
+        loras=loras,
+        own=adapter,
+    )
     app = create_app(
         engine,
         tokenizer,

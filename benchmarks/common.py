@@ -154,12 +154,12 @@ def named_case(name: str) -> Case:
 # --- processes that take turns ------------------------------------------------------------------------------
 
 
-def in_a_process(function: str, **arguments: Any) -> dict[str, Any]:
-    """Call `module:function(**arguments)` in a new Python process and return the dict it returned.
+def in_a_process(function: str, *, python: str = sys.executable, **arguments: Any) -> dict[str, Any]:
+    """Call `module:function(**arguments)` in a new process of the interpreter `python` and return the dict it returned.
 
     Arguments and result travel as JSON. RuntimeError with the end of its output when the process fails.
     """
-    command = [sys.executable, "-m", "benchmarks.common", function, json.dumps(arguments)]
+    command = [python, "-m", "benchmarks.common", function, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{function} {arguments} exited with {done.returncode}\n{done.stderr[-4000:]}")

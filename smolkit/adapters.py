@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from smol_model import SmolConfig, SmolForCausalLM
@@ -52,6 +54,40 @@ def adapter_base(directory: str | Path) -> str | None:
     if not (Path(base) / "config.json").is_file():
         raise UserError(f"{directory} adapts {base}, which is not there; put it there or merge the adapter first")
     return str(base)
+
+
+def serving_pairs(model_config: SmolConfig, directory: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A LoRA adapter as it is served beside the weights: A (r, I) and B (O, r) times its scale, by module name.
+
+    PEFT reads the directory, patterns of ranks and scales included, into a model without weights. Raises `UserError`
+    for what is more than a low-rank addition to linear layers.
+    """
+    config = LoraConfig.from_pretrained(str(directory))
+    for what, there in (
+        ("DoRA", config.use_dora),
+        ("adapted experts", config.target_parameters),
+        ("whole modules", config.modules_to_save),
+        ("trained biases", config.bias != "none"),
+    ):
+        if there:
+            raise UserError(f"{directory}: {what} cannot be served beside other adapters; merge it with --adapter")
+    with torch.device("meta"):
+        skeleton = SmolForCausalLM(model_config)
+    inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
+    weights = load_peft_weights(str(directory), device="cpu")
+    weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    pairs = {}
+    for name, module in skeleton.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        first, second = (weights.pop(f"{name}.{part}.weight", None) for part in ("lora_A", "lora_B"))
+        expected = (module.in_features, module.out_features)
+        if first is None or second is None or (first.shape[1], len(second)) != expected:
+            raise UserError(f"{directory}: does not fit {name} of this model; it was made for another")
+        pairs[name] = (first, second * module.scaling["default"])
+    if weights:
+        raise UserError(f"{directory}: {next(iter(weights))} cannot be served beside the weights; merge with --adapter")
+    return pairs
 
 
 def check_quantised() -> None:

@@ -1,4 +1,4 @@
-"""The forward pass of generation: the weights of a `SmolForCausalLM` laid out for inference, over a cache in slots.
+"""The forward pass of generation: the weights of a `SmolForCausalLM` laid out for inference, over a cache in rows.
 
 `SmolForCausalLM.forward` serves every caller: training, transformers' `generate`, packed rows. A decode step of a small
 model spends more time on that generality (modules, autograd functions, masks, cache objects) and on rearranging weights
@@ -9,7 +9,7 @@ second of transformers' `generate` with one stream, 2.2 times with sixteen (`pyt
 The operations and their order are those of the model, so greedy answers are the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,17 @@ from smol_model import (
     by_position,
     combine,
     dispatch,
+    future,
     one_query_attention,
     rms_norm,
     turn,
 )
+from smolkit.cache import Row, room_for
+from smolkit.quantize import Int8Linear, Int8Product
 
-COLUMN_BLOCK = 32
+Pair = tuple[Tensor, Tensor]  # of a LoRA adapter: A (r, I), and B (O, r) times its scale
+# Which rows of a batch use which adapter: a name and its rows, for each adapter in use.
+Users = Sequence[tuple[str, Tensor]]
 
 
 class Projection:
@@ -38,18 +43,25 @@ class Projection:
 
     On a CPU in bf16 the weight is reordered once into the blocks oneDNN computes with; otherwise every call would walk
     through it row by row (one row of input, 576 to 1536: 0.10 instead of 0.17 ms). Layers that are no plain linear
-    layers, such as those of a LoRA adapter, are called one by one.
+    layers, such as those that PEFT puts around them, are called one by one. LoRA adapters can be added beside the
+    weights, each for its own rows of the batch.
     """
 
     def __init__(self, *layers: nn.Module, rows: int | None = None):
         """`rows`: keep only so many outputs (of a single layer)."""
         self.layers: tuple[nn.Module, ...] = ()
         self.rows, self.packed = rows, False
+        self.adapters: dict[str, Pair] = {}
+        self.int8: Int8Product | None = None
+        if all(type(layer) is Int8Linear for layer in layers):
+            self.sizes, self.int8 = [len(layer.weight) for layer in layers], Int8Product(layers)
+            return
         if not all(type(layer) in (nn.Linear, LMHead) for layer in layers):
             self.layers = layers
             return
         with torch.no_grad():
             weights = [layer.weight[:rows] for layer in layers]
+            self.sizes = [len(weight) for weight in weights]
             self.weight = weights[0] if len(layers) == 1 else torch.cat(weights)
             biases = [layer.bias for layer in layers]
             self.bias = None if biases[0] is None else torch.cat(biases)
@@ -57,48 +69,38 @@ class Projection:
                 self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
                 self.packed = True
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, users: Users = ()) -> Tensor:
+        y = self._product(x)
+        for name, rows in users:
+            if name in self.adapters:
+                first, second = self.adapters[name]
+                y[rows] += F.linear(F.linear(x[rows], first), second)
+        return y
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.int8 is not None:
+            return self.int8(x)
         if self.layers:
             return torch.cat([layer(x) for layer in self.layers], dim=-1)[:, : self.rows]
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
+    def adapt(self, name: str, pairs: list[Pair | None], device: torch.device, dtype: torch.dtype) -> None:
+        """Add an adapter: a pair for each stacked layer that it changes. Their products become one."""
+        present = [pair for pair in pairs if pair is not None]
+        if not present:
+            return
+        blocks = [
+            pair[1] if pair is not None else torch.zeros(size, 0) for pair, size in zip(pairs, self.sizes, strict=True)
+        ]
+        first, second = torch.cat([pair[0] for pair in present]), torch.block_diag(*blocks)  # (R, I), (O, R)
+        self.adapters[name] = (first.to(device, dtype), second.to(device, dtype))
+
 
 def packs() -> bool:
     """Whether this build of torch has oneDNN's bf16 kernels for reordered weights."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-class SlotCache:
-    """Keys and values of all layers: every sequence has one row, filled from column 0, as long as it needs.
-
-    A decode step masks the columns beyond each row's own length, so a row sees the same columns whoever shares the
-    batch, and joining or leaving never moves another row's tokens. It grows on demand.
-    """
-
-    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, 2, 0, config.num_key_value_heads, 0, config.head_dim)
-        self.states = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, slots, K, columns, Dh)
-
-    def reserve(self, rows: int, columns: int) -> None:
-        """Make room for so many sequences of such a length."""
-        slots, width = self.states.shape[2], self.states.shape[4]
-        if slots >= rows and width >= columns:
-            return
-        while slots < rows:
-            slots = max(1, slots * 2)
-        while width < columns:
-            width = max(64, width * 2)
-        old, shape = self.states, list(self.states.shape)
-        shape[2], shape[4] = slots, width
-        # Zeros, not garbage: a masked column still enters 0 * value, and 0 * NaN is NaN.
-        self.states = old.new_zeros(shape)
-        self.states[:, :, : old.shape[2], :, : old.shape[4]] = old
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` columns of one row over another row."""
-        self.states[:, :, target, :, :length] = self.states[:, :, source, :, :length]
 
 
 class _Layer:
@@ -120,19 +122,29 @@ class _Layer:
         else:
             self.mlp = GatedMlp(Projection(mlp.gate_proj), Projection(mlp.up_proj), Projection(mlp.down_proj))
 
-    def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def adapt(self, name: str, pairs: dict[str, Pair]) -> None:
+        """Take what an adapter changes here out of `pairs`, whose keys are module names inside this layer."""
+        parts = {self.qkv: "self_attn.q_proj self_attn.k_proj self_attn.v_proj", self.out: "self_attn.o_proj"}
+        if isinstance(self.mlp, GatedMlp):
+            mlp = self.mlp
+            parts |= {mlp.gate: "mlp.gate_proj", mlp.up: "mlp.up_proj", mlp.down: "mlp.down_proj"}
+        for projection, modules in parts.items():
+            own = [pairs.pop(module, None) for module in modules.split()]
+            projection.adapt(name, own, self.norm.device, self.norm.dtype)
+
+    def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor], users: Users = ()) -> Tensor:
         """x (N, D) -> (N, H + 2K, Dh): queries and keys, turned, then values."""
-        states = self.qkv(rms_norm(x, self.norm, self.eps)).view(len(x), -1, self.Dh)
+        states = self.qkv(rms_norm(x, self.norm, self.eps), users).view(len(x), -1, self.Dh)
         turned = states[:, : self.H + self.K]
         if self.head_norm is not None:
             turned.copy_(rms_norm(turned, self.head_norm, self.eps))
         turn(turned, *rotation, out=turned)
         return states
 
-    def rest(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def rest(self, x: Tensor, mixed: Tensor, users: Users = ()) -> Tensor:
         """What follows attention, whose result is `mixed` (N, H * Dh)."""
-        x = x + self.out(mixed)
-        return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps))
+        x = x + self.out(mixed, users)
+        return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps), users)
 
 
 class GatedMlp:
@@ -141,17 +153,17 @@ class GatedMlp:
     def __init__(self, gate: Projection, up: Projection, down: Projection):
         self.gate, self.up, self.down = gate, up, down
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)).mul_(self.up(x)))
+    def __call__(self, x: Tensor, users: Users = ()) -> Tensor:
+        return self.down(F.silu(self.gate(x, users)).mul_(self.up(x, users)), users)
 
 
 class SparseExperts:
-    """The MoE block without statistics."""
+    """The MoE block without statistics. Adapters of experts are not served beside the weights (they can be merged)."""
 
     def __init__(self, moe: SparseMoE):
         self.gate, self.experts, self.count = moe.gate, moe.experts, moe.num_experts
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, users: Users = ()) -> Tensor:
         _, _, weights, chosen = self.gate(x)
         plan = dispatch(chosen, self.count, None, None)
         rows = self.experts(x.index_select(0, plan.order % len(x)), plan.ends)
@@ -164,7 +176,7 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling
 
 
 class Decoder:
-    """Prefill and decode steps of one model over one `SlotCache`. Not thread-safe; call it under inference mode.
+    """Prefill and decode steps of one model over rows of a `Cache`. Not thread-safe; call it under inference mode.
 
     The weights are those the model had when this was built. `vocab_limit` cuts padded vocabulary rows off.
     """
@@ -182,62 +194,120 @@ class Decoder:
             rows = model.lm_head.weight.shape[0]
             self.vocab_size = min(vocab_limit or rows, rows)
             self.head = Projection(model.lm_head, rows=self.vocab_size)
-        self.clear()
 
-    def clear(self) -> None:
-        """Forget the cache (which may hold non-finite values after a failed step)."""
-        self.cache = SlotCache(self.config, self.dtype, self.device)
+    def adapt(self, name: str, pairs: dict[str, Pair]) -> None:
+        """Add a LoRA adapter beside the weights: (A, scaled B) by module name. ValueError for what cannot be added."""
+        for number, layer in enumerate(self.layers):
+            prefix = f"model.layers.{number}."
+            own = {key.removeprefix(prefix): pair for key, pair in pairs.items() if key.startswith(prefix)}
+            pairs = {key: pair for key, pair in pairs.items() if not key.startswith(prefix)}
+            layer.adapt(name, own)
+            pairs |= {prefix + key: pair for key, pair in own.items()}
+        if pairs:
+            raise ValueError(f"{next(iter(pairs))} can only be adapted by merging")
 
-    def prefill(self, prompts: list[list[int]], first: int) -> Tensor:
-        """Run prompts into the cache rows from `first` on; logits (R, V) of the token after each, float32.
+    def prefill(
+        self, rows: Sequence[Row], chunks: Sequence[list[int]], start: int, adapters: Sequence[str | None], ends: bool
+    ) -> Tensor | None:
+        """Run the next tokens of prompts, the first `start` of which are in their rows already.
 
-        Rows are padded on the right: causal attention keeps real tokens blind to it, and decoding overwrites its
-        columns.
+        Returns logits of the token after each chunk, (R, V) float32, if the prompts end there (`ends`), else None.
+        Chunks are padded on the right: causal attention keeps real tokens blind to it.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        R, T = len(prompts), int(lengths.max())
-        tokens = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts], device=self.device)
-        self.cache.reserve(first + R, T)
-        rotation = self.rotation(torch.arange(T, device=self.device).expand(R, T))
+        lengths = torch.tensor([len(chunk) for chunk in chunks], device=self.device)
+        R, T = len(chunks), max(map(len, chunks))
+        tokens = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks], device=self.device)
+        rotation = self.rotation(torch.arange(start, start + T, device=self.device).expand(R, T))
+        users = self.users([name for name in adapters for _ in range(T)])
         last = torch.arange(R, device=self.device) * T + lengths - 1
         x = F.embedding(tokens.view(-1), self.embedding)  # (R*T, D)
-        for layer, states in zip(self.layers, self.cache.states[:, :, first : first + R, :, :T], strict=True):
-            flat = layer.heads(x, rotation)  # (R*T, H + 2K, Dh)
+        states = [row.states for row in rows]
+        for number, layer in enumerate(self.layers):
+            flat = layer.heads(x, rotation, users)  # (R*T, H + 2K, Dh)
             query, key, value = flat.view(R, T, -1, layer.Dh).transpose(1, 2).split((layer.H, layer.K, layer.K), dim=1)
-            states[0], states[1] = key, value
-            key, value = states  # side by side in memory, as products want them
-            if layer is self.layers[-1]:  # of which only the last token of each row is wanted
-                mixed = attend_once(flat[last, : layer.H], key, value, self.mask(lengths, T), layer.scaling)
-                return self.logits(layer.rest(x[last], mixed))
-            x = layer.rest(x, self.attend(query, key, value, layer.scaling).reshape(R * T, -1))
+            for own, keys, values, length in zip(states, key, value, map(len, chunks), strict=True):
+                own[number, 0, :, start : start + length] = keys[:, :length]
+                own[number, 1, :, start : start + length] = values[:, :length]
+            final = layer is self.layers[-1]
+            if final and not ends:
+                return None
+            if start or final:
+                key, value = self.gather(states, number, start, key, value)
+            if final:  # of which only the last token of each row is wanted
+                mask = self.mask(start + lengths, start + T)
+                mixed = attend_once(flat[last, : layer.H], key, value, mask, layer.scaling)
+                return self.logits(layer.rest(x[last], mixed, self.users(adapters)))
+            mixed = self.attend(query, key, value, layer.scaling, start).reshape(R * T, -1)
+            x = layer.rest(x, mixed, users)
         raise AssertionError("a model without layers")
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Causal attention of whole rows: query (R, H, T, Dh), key and value (R, K, T, Dh) -> (R, T, H, Dh)."""
-        (R, H, T, Dh), K = query.shape, key.shape[1]
-        if self.dtype == torch.bfloat16 and self.device.type == "cpu" and T <= CPU_BLOCK_LENGTH:
-            grouped = by_position(query.unflatten(1, (K, H // K))).mul_(scaling)
-            mixed = attend_in_blocks(grouped, key.flatten(0, 1), value.flatten(0, 1))
+    @staticmethod
+    def gather(
+        states: Sequence[Tensor], layer: int, start: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (R, K, start + T, Dh) of a layer side by side: `start` columns of the rows, then new ones."""
+        old = torch.stack([own[layer, :, :, :start] for own in states], dim=1)  # (2, R, K, start, Dh)
+        return torch.cat((old[0], key), dim=2), torch.cat((old[1], value), dim=2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, start: int = 0) -> Tensor:
+        """Causal attention of T positions from `start` on: query (R, H, T, Dh), key and value (R, K, start + T, Dh)
+        -> (R, T, H, Dh)."""
+        (R, H, T, Dh), K, S = query.shape, key.shape[1], key.shape[2]
+        if self.dtype == torch.bfloat16 and self.device.type == "cpu" and S <= CPU_BLOCK_LENGTH:
+            grouped = by_position(query.unflatten(1, (K, H // K))).mul_(scaling)  # (R*K, T*G, Dh)
+            key, value = key.reshape(R * K, S, Dh), value.reshape(R * K, S, Dh)
+            if start:
+                scores = torch.bmm(grouped, key.mT)
+                scores[..., start:].add_(future(T, H // K, grouped))
+                mixed = torch.bmm(scores.softmax(-1), value)
+            else:
+                mixed = attend_in_blocks(grouped, key, value)
             return mixed.view(R, K, T, H // K, Dh).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        seen = None
+        if start:
+            seen = torch.ones(T, S, dtype=torch.bool, device=self.device).tril(start)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=not start, scale=scaling, enable_gqa=True
+        )
         return mixed.transpose(1, 2)
 
-    def step(self, tokens: list[int], lengths: list[int]) -> Tensor:
-        """The next token of rows 0, 1, ... whose caches hold `lengths` columns: logits (R, V), float32."""
-        R, positions = len(tokens), torch.tensor(lengths, device=self.device)
-        # Whole blocks of columns, at least one of them never visible: the attention kernel then rounds alike
-        # whoever shares the batch (measured on CPU: equal to the last bit in multiples of 32, not otherwise).
-        width = (max(lengths) + 1) // COLUMN_BLOCK * COLUMN_BLOCK + COLUMN_BLOCK
-        self.cache.reserve(R, width)
-        mask, rotation = self.mask(positions + 1, width), self.rotation(positions[:, None])
-        row = torch.arange(R, device=self.device)
-        x = F.embedding(torch.tensor(tokens, device=self.device), self.embedding)  # (R, D)
-        for layer, states in zip(self.layers, self.cache.states, strict=True):
-            heads = layer.heads(x, rotation)  # (R, H + 2K, Dh)
-            states[:, row, :, positions] = heads[:, layer.H :].view(R, 2, layer.K, layer.Dh)
-            key, value = states[0, :R, :, :width], states[1, :R, :, :width]
-            x = layer.rest(x, attend_once(heads[:, : layer.H], key, value, mask, layer.scaling))
+    def step(
+        self, racks: Sequence[Tensor], tokens: list[int], lengths: list[int], adapters: Sequence[str | None]
+    ) -> Tensor:
+        """The next token of every row of some racks (L, 2, R, K, width, Dh), whose rows hold `lengths` columns.
+
+        Tokens, lengths and adapters in the order of the racks' rows. Logits (N, V), float32.
+        """
+        positions = torch.tensor(lengths, device=self.device)
+        rotation, users = self.rotation(positions[:, None]), self.users(adapters)
+        lanes, first = [], 0
+        for rack in racks:
+            rows = slice(first, first + rack.shape[2])
+            first = rows.stop
+            # Whole blocks of columns, at least one of them never visible: the attention kernel then rounds alike
+            # whoever shares the batch (measured on CPU: equal to the last bit in multiples of 32, not otherwise).
+            width = room_for(max(lengths[rows]))
+            mask = self.mask(positions[rows] + 1, width)
+            lanes.append((rows, torch.arange(rack.shape[2], device=self.device), positions[rows], width, mask))
+        x = F.embedding(torch.tensor(tokens, device=self.device), self.embedding)  # (N, D)
+        for number, layer in enumerate(self.layers):
+            heads = layer.heads(x, rotation, users)  # (N, H + 2K, Dh)
+            mixed = []
+            for rack, (rows, row, columns, width, mask) in zip(racks, lanes, strict=True):
+                states = rack[number]  # (2, R, K, width, Dh)
+                states[:, row, :, columns] = heads[rows, layer.H :].view(-1, 2, layer.K, layer.Dh)
+                key, value = states[0, :, :, :width], states[1, :, :, :width]
+                mixed.append(attend_once(heads[rows, : layer.H], key, value, mask, layer.scaling))
+            x = layer.rest(x, mixed[0] if len(mixed) == 1 else torch.cat(mixed), users)
         return self.logits(x)
+
+    def users(self, adapters: Sequence[str | None]) -> Users:
+        """The rows of each adapter, from the adapter of each row (None: none)."""
+        names = sorted({name for name in adapters if name is not None})
+        return [
+            (name, torch.tensor([i for i, own in enumerate(adapters) if own == name], device=self.device))
+            for name in names
+        ]
 
     def mask(self, lengths: Tensor, width: int) -> Tensor:
         """(R, 1, 1, width), additive: the first `lengths` columns of each row are visible."""
@@ -250,19 +320,19 @@ class Decoder:
         cos, sin = self.rotary(positions, self.dtype)
         return cos.flatten(0, 1), sin.flatten(0, 1)
 
-    def prompt_logits(self, prompt: list[int], rows: int = 256) -> Iterator[Tensor]:
+    def prompt_logits(self, prompt: list[int], adapter: str | None = None, rows: int = 256) -> Iterator[Tensor]:
         """Logits after every token of a prompt, float32, in blocks of `rows` positions; the cache stays as it is.
 
         (Blocks, because a long prompt times the vocabulary would not fit where the model does.)
         """
         T = len(prompt)
-        rotation = self.rotation(torch.arange(T, device=self.device)[None])
+        rotation, users = self.rotation(torch.arange(T, device=self.device)[None]), self.users([adapter] * T)
         x = F.embedding(torch.tensor(prompt, device=self.device), self.embedding)  # (T, D)
         for layer in self.layers:
-            heads = layer.heads(x, rotation).view(1, T, -1, layer.Dh).transpose(1, 2)  # (1, H + 2K, T, Dh)
+            heads = layer.heads(x, rotation, users).view(1, T, -1, layer.Dh).transpose(1, 2)  # (1, H + 2K, T, Dh)
             query, key, value = heads.split((layer.H, layer.K, layer.K), dim=1)
             mixed = self.attend(query, key.contiguous(), value.contiguous(), layer.scaling)
-            x = layer.rest(x, mixed.reshape(T, -1))
+            x = layer.rest(x, mixed.reshape(T, -1), users)
         for start in range(0, T, rows):
             yield self.logits(x[start : start + rows])
 

@@ -1,10 +1,10 @@
 """Token generation: the small `Engine` protocol, and our own continuous-batching engine over a PyTorch model.
 
 Token ids go in, token events come out; text, templates and HTTP live elsewhere. `ContinuousBatch` is the
-synchronous core (KV cache in slots, one decode step for everybody); `TorchEngine` runs it on one inference
+synchronous core (who is in a step, and in which part of the memory); `TorchEngine` runs it on one inference
 thread behind asyncio; `generate_batch` runs it in a plain loop for evaluation.
 
-The arithmetic is `smolkit.decoder`'s.
+The arithmetic is `smolkit.decoder`'s, the memory `smolkit.cache`'s.
 
 Requests join and leave between decode steps (iteration-level scheduling: Orca, Yu et al., OSDI 2022).
 """
@@ -12,18 +12,25 @@ Requests join and leave between decode steps (iteration-level scheduling: Orca, 
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from smolkit.decoder import Decoder
+from smolkit.cache import Cache, Row
+from smolkit.decoder import Decoder, Pair
 from smolkit.runtime import release_threads
 from smolkit.sampling import FinishReason, GenerationRequest, Sampler, Scores, TokenEvent, logprobs_of
 
 logger = logging.getLogger(__name__)
+
+# Tokens of a prompt that run together, and most of them between two steps, by device.
+CHUNK = {"cpu": 128, "else": 512}
+PREFIX_SHARE = 1 / 8  # of the memory for keys and values
+MAX_BATCHED_TOKENS = {"cpu": 512, "else": 4096}
 
 
 class EngineBusy(RuntimeError):
@@ -49,72 +56,208 @@ class Engine(Protocol):
     def model_name(self) -> str: ...
 
     @property
+    def adapters(self) -> Sequence[str]:
+        """Names that `GenerationRequest.adapter` may have."""
+        ...
+
+    @property
     def max_model_len(self) -> int: ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]: ...
 
 
 class _Sequence:
-    """A request on its way: its sampler, the cache columns it fills, the token to feed next."""
+    """A request on its way: its sampler, its tokens so far, the row of the cache they fill."""
 
     def __init__(self, request: GenerationRequest, vocab_size: int) -> None:
         self.request = request
         self.sampler = Sampler(request, vocab_size)
-        self.length = 0  # columns in the cache
-        self.next_token = 0
-        self.num_generated = 0
+        self.tokens = list(request.prompt_ids)  # then what was generated
+        self.prompt_length = len(self.tokens)
+        self.row: Row | None = None
+        self.length = 0  # columns filled
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.length < self.prompt_length
 
 
 class ContinuousBatch:
-    """Sequences decoded together: they join by `prefill` and leave at their end or by `remove`.
+    """Sequences decoded together. They wait for a place, join between steps, and leave at their end or by `remove`.
 
-    `vocab_limit` cuts padded vocabulary rows off (the embedding may be larger than the tokenizer).
-    Not thread-safe: one thread owns it.
+    Each `step` admits those that wait, in order of arrival, runs at most `max_num_batched_tokens` tokens of prompts,
+    and then decodes one token of every sequence whose prompt is complete: no long prompt stalls the others.
+
+    Memory: a sequence is admitted when there is room for what it has so far. When a running one needs more than the
+    budget has, the one that came last gives up its row and waits again. Later it goes through the same steps, without
+    choosing anew: its answer does not change. (Admission by the worst case, prompt plus `max_tokens`, would leave most
+    of the memory unused, because most answers end early.)
+
+    Prompts run in chunks that end at multiples of `chunk` tokens, each sequence alone: what a prompt computes does not
+    depend on other requests, and whole chunks can be reused by prompts that begin alike, to the last bit. `chunk` None
+    runs new sequences whole and together, without reuse.
+
+    `vocab_limit` cuts padded vocabulary rows off (the embedding may be larger than the tokenizer); `budget` is bytes
+    for keys and values, None unlimited. Not thread-safe: one thread owns it.
     """
 
-    def __init__(self, model: nn.Module, vocab_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vocab_limit: int | None = None,
+        *,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 512,
+        chunk: int | None = None,
+        max_model_len: int | None = None,
+        budget: int | None = None,
+        prefix_reuse: bool = True,
+    ) -> None:
         self.decoder = Decoder(model, vocab_limit)
-        self.sequences: list[_Sequence] = []  # sequence i lives in cache row i
+        self.max_num_seqs, self.max_num_batched_tokens, self.chunk = max_num_seqs, max_num_batched_tokens, chunk
+        self.max_model_len = min(max_model_len or 1 << 62, self.decoder.config.max_position_embeddings)
+        self.budget, self.prefix_reuse = budget, prefix_reuse and None not in (chunk, budget)
+        self.waiting: deque[_Sequence] = deque()
+        self.running: list[_Sequence] = []  # in order of admission
+        self.preemptions = self.reused_tokens = 0  # since the start, for reports
+        self.clear()
+        if chunk is not None and max_num_batched_tokens < chunk:
+            raise ValueError(f"max_num_batched_tokens {max_num_batched_tokens}: prompts run {chunk} tokens at a time")
+        if budget is not None and budget < self.cache.least_budget:
+            raise ValueError(
+                f"{budget / 2**20:,.0f} MiB for keys and values: a sequence of {self.max_model_len} tokens needs "
+                f"{self.cache.least_budget / 2**20:,.0f}; allow more or lower max_model_len"
+            )
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.waiting) + len(self.running)
 
     def clear(self) -> None:
-        """Forget every sequence and the cache."""
-        self.sequences.clear()
-        self.decoder.clear()
+        """Forget what runs, and the cache (which may hold non-finite values after a failed step)."""
+        self.running.clear()
+        config, dtype, device = self.decoder.config, self.decoder.dtype, self.decoder.device
+        limits = {"max_rows": self.max_num_seqs, "max_columns": self.max_model_len, "budget": self.budget}
+        self.cache = Cache(config, dtype, device, prefix_share=PREFIX_SHARE * self.prefix_reuse, **limits)
 
     def start(self, request: GenerationRequest) -> _Sequence:
-        """The state of a new request, to be given to `prefill`."""
+        """The state of a new request, to be given to `add`."""
         return _Sequence(request, self.decoder.vocab_size)
 
-    @torch.inference_mode()
-    def prefill(self, sequences: Sequence[_Sequence]) -> list[tuple[_Sequence, TokenEvent]]:
-        """Add new sequences, run their prompts, and return the first token of each."""
-        prompts = [list(sequence.request.prompt_ids) for sequence in sequences]
-        logits = self.decoder.prefill(prompts, first=len(self.sequences))
-        for sequence, prompt in zip(sequences, prompts, strict=True):
-            sequence.length = len(prompt)
-        self.sequences.extend(sequences)
-        return self._choose(sequences, logits)
+    def add(self, sequence: _Sequence) -> None:
+        """Let a sequence wait for its place."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: _Sequence) -> None:
+        """Take a sequence out, wherever it is."""
+        if sequence.row is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self.cache.release(sequence.row)
+            sequence.row = None
 
     @torch.inference_mode()
     def step(self) -> list[tuple[_Sequence, TokenEvent]]:
-        """One decode step: the next token of every sequence; finished ones have left the batch afterwards."""
-        sequences = list(self.sequences)
-        logits = self.decoder.step([s.next_token for s in sequences], [s.length for s in sequences])
-        for sequence in sequences:
-            sequence.length += 1
-        return self._choose(sequences, logits)
+        """One round for everybody: new tokens by sequence; finished ones have left the batch afterwards."""
+        self._admit()
+        return self._prefill() + self._decode()
 
-    @torch.inference_mode()
-    def remove(self, sequence: _Sequence) -> None:
-        """Take a sequence out; the last row moves into its place."""
-        row, last = self.sequences.index(sequence), len(self.sequences) - 1
-        if row != last:
-            self.decoder.cache.move(last, row, self.sequences[last].length)
-            self.sequences[row] = self.sequences[last]
-        self.sequences.pop()
+    # --- places -------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            row = self.cache.take(len(sequence.tokens), sequence)
+            if row is None:
+                assert self.running, "the budget holds any one sequence"
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.row = row
+            if self.prefix_reuse:
+                prompt = sequence.tokens[: sequence.prompt_length]
+                sequence.length = self.cache.fill_from_prefixes(sequence.request.adapter, prompt, self.chunk, row)
+                self.reused_tokens += sequence.length
+
+    def _secure(self, sequence: _Sequence) -> None:
+        """Room for one more column; while there is none, the latest sequence gives way, and be it this one."""
+        while sequence.row is not None:
+            row = self.cache.widen(sequence.row, sequence.length)
+            if row is not None:
+                sequence.row = row
+                return
+            latest = self.running.pop()
+            self.cache.release(latest.row)
+            latest.row, latest.length = None, 0
+            self.waiting.appendleft(latest)
+            self.preemptions += 1
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> list[tuple[_Sequence, TokenEvent]]:
+        """The next chunks of prompts."""
+        results: list[tuple[_Sequence, TokenEvent]] = []
+        pending, left = [sequence for sequence in self.running if sequence.in_prompt], self.max_num_batched_tokens
+        if self.chunk is None:
+            return self._run_chunks(pending, 0) if pending else results
+        for sequence in _in_turn(pending):
+            size = min(self.chunk - sequence.length % self.chunk, sequence.prompt_length - sequence.length)
+            if size > left:
+                break
+            left -= size
+            results += self._run_chunks([sequence], size)
+        return results
+
+    def _run_chunks(self, sequences: list[_Sequence], size: int) -> list[tuple[_Sequence, TokenEvent]]:
+        """Run `size` tokens of prompts (0: what is left of each) and choose the first token where one ends."""
+        start = sequences[0].length
+        ends = [start + size if size else sequence.prompt_length for sequence in sequences]
+        logits = self.decoder.prefill(
+            [sequence.row for sequence in sequences],
+            [sequence.tokens[start:end] for sequence, end in zip(sequences, ends, strict=True)],
+            start,
+            [sequence.request.adapter for sequence in sequences],
+            ends=ends[0] == sequences[0].prompt_length,
+        )
+        for sequence, end in zip(sequences, ends, strict=True):
+            sequence.length = end
+            if self.prefix_reuse and end % self.chunk == 0:
+                self.cache.keep_prefix(sequence.request.adapter, sequence.tokens[:end], self.chunk, sequence.row)
+        return [] if logits is None else self._choose_new(sequences, logits)
+
+    def _decode(self) -> list[tuple[_Sequence, TokenEvent]]:
+        """One token of every sequence that is past its prompt."""
+        for sequence in [sequence for sequence in self.running if not sequence.in_prompt]:
+            self._secure(sequence)
+        wanted = {sequence.row for sequence in self.running if not sequence.in_prompt}
+        racks = self.cache.racks_with(wanted)
+        if not racks:
+            return []
+        # Rows between them whose prompts are not complete take part, too: their next chunk overwrites the column.
+        sequences = [row.owner for _, rows in racks for row in rows]
+        logits = self.decoder.step(
+            [states for states, _ in racks],
+            [sequence.tokens[sequence.length] for sequence in sequences],
+            [sequence.length for sequence in sequences],
+            [sequence.request.adapter for sequence in sequences],
+        )
+        decoded = [row for row, sequence in enumerate(sequences) if not sequence.in_prompt]
+        for row in decoded:
+            sequences[row].length += 1
+        if len(decoded) < len(sequences):
+            sequences, logits = [sequences[row] for row in decoded], logits[decoded]
+        return self._choose_new(sequences, logits)
+
+    def _choose_new(self, sequences: Sequence[_Sequence], logits: Tensor) -> list[tuple[_Sequence, TokenEvent]]:
+        """`_choose`, but for sequences that are on their way back to where they gave way and know their next token."""
+        rows = [row for row, sequence in enumerate(sequences) if sequence.length == len(sequence.tokens)]
+        if len(rows) < len(sequences):
+            sequences, logits = [sequences[row] for row in rows], logits[rows]
+        return self._choose(sequences, logits) if rows else []
 
     def _choose(self, sequences: Sequence[_Sequence], logits: Tensor) -> list[tuple[_Sequence, TokenEvent]]:
         """Sample from logits (R, V); sequences that end here leave the batch."""
@@ -126,8 +269,7 @@ class ContinuousBatch:
                 raise FloatingPointError("the model produced non-finite logits")
             request = sequence.request
             token = best[row] if sequence.sampler.plain_greedy else sequence.sampler.pick(logits[row])
-            sequence.next_token = token
-            sequence.num_generated += 1
+            sequence.tokens.append(token)
             finish: FinishReason | None = None
             if sequence.sampler.failed:
                 finish = "error"
@@ -148,20 +290,33 @@ class ContinuousBatch:
         if request.prompt_logprobs is None:
             return None
         prompt, scores = list(request.prompt_ids), [(None, ())]
-        for logits in self.decoder.prompt_logits(prompt):
+        for logits in self.decoder.prompt_logits(prompt, request.adapter):
             tokens = prompt[len(scores) :]
             scores += [logprobs_of(row, i, request.prompt_logprobs) for row, i in zip(logits, tokens, strict=False)]
         return tuple(scores)
 
 
+def _in_turn(pending: Sequence[_Sequence]) -> Iterator[_Sequence]:
+    """Whose chunk is next: one of the oldest prompt, so that it comes to its end; then those that end soonest."""
+    yield from pending[:1]
+    for sequence in sorted(pending, key=lambda sequence: sequence.prompt_length - sequence.length):
+        while sequence.in_prompt:
+            yield sequence
+
+
 class _Ticket:
     """Connects one awaiting coroutine with the inference thread."""
 
-    def __init__(self, sequence: _Sequence) -> None:
+    def __init__(self, sequence: _Sequence, timeout: float | None) -> None:
         self.sequence = sequence
+        self.deadline = None if timeout is None else time.monotonic() + timeout
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self.cancelled = False
+
+    @property
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
     def send(self, event: TokenEvent | Exception) -> None:
         """Called on the inference thread."""
@@ -174,9 +329,9 @@ class _Ticket:
 class TorchEngine:
     """The `Engine` over a PyTorch model: one inference thread, continuous batching, a bounded queue.
 
-    At most `max_num_seqs` sequences are decoded together and `max_queue` more wait; beyond that `generate`
-    raises `EngineBusy`. A new request is prefilled alone, so its first logits never depend on the other
-    requests.
+    At most `max_num_seqs` sequences are decoded together and `max_queue` more wait; beyond that `generate` raises
+    `EngineBusy`. A request that is not finished after `timeout` seconds, or its own, gets `DeadlineExceeded`.
+    `limits` are those of `ContinuousBatch`. `adapters`: LoRA weights by name, see `Decoder.adapt`.
     """
 
     def __init__(
@@ -184,17 +339,21 @@ class TorchEngine:
         model: nn.Module,
         *,
         model_name: str = "model",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 16,
+        adapters: Mapping[str, dict[str, Pair]] | None = None,
         max_queue: int = 256,
+        timeout: float | None = None,
         vocab_limit: int | None = None,
+        **limits: Any,
     ) -> None:
-        self._batch = ContinuousBatch(model.eval(), vocab_limit)
-        self._name = model_name
-        self._max_model_len = min(max_model_len or 1 << 62, self._batch.decoder.config.max_position_embeddings)
-        self._max_num_seqs, self._max_queue = max_num_seqs, max_queue
-        self._waiting: deque[_Ticket] = deque()
-        self._running: dict[_Sequence, _Ticket] = {}
+        kind = "cpu" if model.device.type == "cpu" else "else"
+        limits = {"chunk": CHUNK[kind], "max_num_batched_tokens": MAX_BATCHED_TOKENS[kind]} | limits
+        self._batch = ContinuousBatch(model.eval(), vocab_limit, **limits)
+        for name, pairs in (adapters or {}).items():
+            self._batch.decoder.adapt(name, pairs)
+        self._name, self._adapters = model_name, tuple(adapters or ())
+        self._max_queue, self._timeout = max_queue, timeout
+        self._arrived: deque[_Ticket] = deque()  # not yet seen by the inference thread
+        self._tickets: dict[_Sequence, _Ticket] = {}
         self._changed = threading.Condition()
         self._closed = False
         release_threads()
@@ -206,28 +365,44 @@ class TorchEngine:
         return self._name
 
     @property
+    def adapters(self) -> Sequence[str]:
+        """Names of the LoRA adapters."""
+        return self._adapters
+
+    @property
     def max_model_len(self) -> int:
         """Longest prompt plus answer, in tokens."""
-        return self._max_model_len
+        return self._batch.max_model_len
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._batch.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._arrived) + len(self._batch.waiting)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts for reports: bytes of keys and values, prompt tokens reused, sequences that gave way."""
+        batch = self._batch
+        return {
+            "cache_bytes": batch.cache.bytes,
+            "reused_tokens": batch.reused_tokens,
+            "preemptions": batch.preemptions,
+        }
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """Yield the tokens of one request; see `Engine`. The prompt must leave room for `max_tokens`."""
         self._check(request)
-        ticket = _Ticket(self._batch.start(request))
+        timeout = self._timeout if request.timeout is None else request.timeout
+        ticket = _Ticket(self._batch.start(request), timeout)
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is shut down")
-            if len(self._waiting) >= self._max_queue:
-                raise EngineBusy(f"{len(self._waiting)} requests are waiting already (limit {self._max_queue})")
-            self._waiting.append(ticket)
+            if len(self._tickets) + len(self._arrived) >= self._batch.max_num_seqs + self._max_queue:
+                raise EngineBusy(f"{self.num_waiting} requests are waiting already (limit {self._max_queue})")
+            self._arrived.append(ticket)
             self._changed.notify()
         try:
             while True:
@@ -251,60 +426,51 @@ class TorchEngine:
         total = len(request.prompt_ids) + request.max_tokens
         if not request.prompt_ids or request.max_tokens < 1:
             raise ValueError("a request needs at least one prompt token and max_tokens >= 1")
-        if total > self._max_model_len:
-            raise ValueError(f"prompt plus max_tokens is {total}, the model's limit is {self._max_model_len}")
+        if total > self.max_model_len:
+            raise ValueError(f"prompt plus max_tokens is {total}, the model's limit is {self.max_model_len}")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise ValueError(f"no adapter {request.adapter!r}; there are: {', '.join(self._adapters) or 'none'}")
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._closed or self._waiting or self._running):
-                    self._changed.wait()
-                if self._closed:
-                    self._abort(EngineError("the engine was shut down"))
-                    return
+        while self._take_in():
+            self._drop()
             try:
-                self._drop_cancelled()
-                self._admit()
-                if self._running:
-                    self._deliver(self._batch.step())
+                self._deliver(self._batch.step())
             except Exception:
                 # One bad step must not end the server: everybody in it is told, and the batch starts empty.
                 logger.exception("inference failed")
-                self._abort(EngineError("generation failed"), waiting=False)
+                waiting = set(self._batch.waiting)
+                self._abort([s for s in self._tickets if s not in waiting], EngineError("generation failed"))
+                self._batch.clear()
+        self._abort(list(self._tickets), EngineError("the engine was shut down"))
 
-    def _drop_cancelled(self) -> None:
-        for sequence, ticket in list(self._running.items()):
-            if ticket.cancelled:
+    def _take_in(self) -> bool:
+        """Give new requests to the batch, after waiting for one if there is nothing to do; False at the end."""
+        with self._changed:
+            while not (self._closed or self._arrived or self._tickets):
+                self._changed.wait()
+            while self._arrived:
+                ticket = self._arrived.popleft()
+                self._tickets[ticket.sequence] = ticket
+                self._batch.add(ticket.sequence)
+            return not self._closed
+
+    def _drop(self) -> None:
+        """Take out what nobody waits for and what is late."""
+        for sequence, ticket in list(self._tickets.items()):
+            if ticket.cancelled or ticket.late:
                 self._batch.remove(sequence)
-                del self._running[sequence]
-
-    def _admit(self) -> None:
-        while len(self._running) < self._max_num_seqs:
-            with self._changed:
-                if not self._waiting:
-                    return
-                ticket = self._waiting.popleft()
-            if ticket.cancelled:
-                continue
-            self._running[ticket.sequence] = ticket
-            self._deliver(self._batch.prefill([ticket.sequence]))
+                self._abort([sequence], DeadlineExceeded("the request was not finished in the time it had"))
 
     def _deliver(self, results: Iterable[tuple[_Sequence, TokenEvent]]) -> None:
         for sequence, event in results:
-            ticket = self._running[sequence]
+            self._tickets[sequence].send(event)
             if event.finish_reason:
-                del self._running[sequence]
-            ticket.send(event)
+                del self._tickets[sequence]
 
-    def _abort(self, error: EngineError, waiting: bool = True) -> None:
-        tickets = list(self._running.values())
-        if waiting:
-            tickets += self._waiting
-            self._waiting.clear()
-        for ticket in tickets:
-            ticket.send(error)
-        self._running.clear()
-        self._batch.clear()
+    def _abort(self, sequences: Iterable[_Sequence], error: EngineError) -> None:
+        for sequence in sequences:
+            self._tickets.pop(sequence).send(error)
 
 
 def generate_batch(
@@ -328,15 +494,13 @@ def generate_batch(
     was_training = model.training
     model.eval()
     try:
-        batch = ContinuousBatch(model, vocab_limit)
+        batch = ContinuousBatch(model, vocab_limit, max_num_seqs=batch_size)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         answers: dict[_Sequence, list[int]] = {}
         index_of: dict[_Sequence, int] = {}
         while order or len(batch):
-            results = []
             free = batch_size - len(batch)
             if order and free >= max(1, batch_size // 4):  # refill in groups: a prefill has a fixed cost
-                sequences = []
                 for i in order[:free]:
                     own_seed = None if seed is None else seed + i
                     request = GenerationRequest(
@@ -350,12 +514,9 @@ def generate_batch(
                     )
                     sequence = batch.start(request)
                     index_of[sequence], answers[sequence] = i, []
-                    sequences.append(sequence)
+                    batch.add(sequence)
                 order = order[free:]
-                results += batch.prefill(sequences)
-            if len(batch):
-                results += batch.step()
-            for sequence, event in results:
+            for sequence, event in batch.step():
                 answers[sequence].append(event.token_id)
         return [answers[s] for s in sorted(answers, key=index_of.__getitem__)]
     finally:

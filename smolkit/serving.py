@@ -10,11 +10,12 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -27,6 +28,7 @@ from smolkit.engine import TorchEngine
 from smolkit.errors import UserError
 from smolkit.http_guard import Limits, log_access_to
 from smolkit.openai_api import TEMPLATE_KWARGS
+from smolkit.quantize import cached, is_quantized, load_quantized
 from smolkit.runtime import compute_dtype, default_device
 
 logger = logging.getLogger(__name__)
@@ -110,8 +112,9 @@ def api_keys(key: str | None, file: str | None) -> list[str]:
 
 
 def newest_checkpoint(root: str | Path = "out") -> Path:
-    """The checkpoint directory under `root` that was written last."""
-    configs = [c for c in Path(root).glob("**/config.json") if any(c.parent.glob("*.safetensors"))]
+    """The checkpoint or adapter directory under `root` that was written last."""
+    found = (file for name in ("config.json", "adapter_config.json") for file in Path(root).glob(f"**/{name}"))
+    configs = [file for file in found if any(file.parent.glob("*.safetensors"))]
     if not configs:
         raise UserError(f"no checkpoint under {root}/: give one as --model_path")
     newest = max(configs, key=lambda config: config.stat().st_mtime).parent
@@ -186,15 +189,34 @@ def load_engine(
     model_name: str,
     dtype: str = "auto",
     adapter: Path | None = None,
+    loras: Mapping[str, Path] | None = None,
+    quantization: str | None = None,
     max_model_len: int | None = None,
     max_num_seqs: int = 16,
-    max_queue: int = 256,
+    kv_cache_gib: float | None = None,
+    **options: Any,
 ) -> TorchEngine:
-    """Load a checkpoint (and merge an adapter into it) and start an engine over it."""
+    """Load a checkpoint (and merge an adapter into it) and start an engine over it.
+
+    `loras`: adapters served beside the model, by name. `quantization`: int8 or int4, made now if the directory is not
+    quantised itself. `kv_cache_gib`: memory for keys and values, by default see `default_budget`. `options` are those
+    of `TorchEngine`.
+    """
+    if adapter is not None and (quantization or is_quantized(directory)):
+        raise UserError("--adapter is merged into the weights and cannot be merged into quantised ones; use --lora")
+    if quantization is not None:
+        directory = cached(directory, quantization)
+    device = default_device()
     try:
-        model = SmolForCausalLM.from_pretrained(directory, dtype=compute_dtype(dtype), local_files_only=True)
+        if is_quantized(directory):
+            model = load_quantized(directory, compute_dtype(dtype), None if device.type == "cpu" else False)
+        else:
+            model = SmolForCausalLM.from_pretrained(directory, dtype=compute_dtype(dtype), local_files_only=True)
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from None
+    pairs = {name: _read_lora(model, name, path) for name, path in (loras or {}).items()}
     if adapter is not None:
         model = _merged(model, adapter)
     rows, context = model.config.vocab_size, model.config.max_position_embeddings
@@ -202,14 +224,60 @@ def load_engine(
         raise UserError(f"{directory}: the model has {rows} vocabulary rows, the tokenizer {len(tokenizer)} entries")
     if max_model_len is not None and not 1 < max_model_len <= context:
         raise UserError(f"--max_model_len {max_model_len}: must be from 2 to the model's context of {context} tokens")
-    return TorchEngine(
-        model.to(default_device()),
-        model_name=model_name,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_queue=max_queue,
-        vocab_limit=len(tokenizer),
-    )
+    budget = default_budget(model, max_num_seqs, max_model_len or context, device)
+    if kv_cache_gib is not None:
+        budget = int(kv_cache_gib * 2**30)
+    try:
+        return TorchEngine(
+            model.to(device),
+            model_name=model_name,
+            adapters=pairs,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            vocab_limit=len(tokenizer),
+            **options,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def default_budget(model: torch.nn.Module, sequences: int, length: int, device: torch.device) -> int:
+    """Bytes for keys and values: what so many sequences of such a length fill, but at most half of the free memory."""
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] - sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
+    else:
+        free = psutil.virtual_memory().available
+    # A quarter more than the tokens: for prefixes, and because rows are longer than what is in them.
+    return min(int(1.25 * token * sequences * length) + 2**28, free // 2)
+
+
+def parse_loras(items: Sequence[str], model_name: str) -> dict[str, Path]:
+    """`name=directory` of every --lora; `UserError` naming the one that is wrong."""
+    loras: dict[str, Path] = {}
+    for item in items:
+        name, _, directory = item.partition("=")
+        if not name or not directory:
+            raise UserError(f"--lora {item}: must be name=directory")
+        if name in loras or name == model_name:
+            raise UserError(f"--lora {item}: the name {name} is taken already")
+        if not (Path(directory) / "adapter_config.json").is_file():
+            raise UserError(f"--lora {item}: not a PEFT adapter directory, adapter_config.json is missing")
+        loras[name] = Path(directory)
+    return loras
+
+
+def _read_lora(model: SmolForCausalLM, name: str, directory: Path) -> dict[str, Any]:
+    from smolkit.adapters import serving_pairs  # imports PEFT and the training rooms, and only adapters need them
+
+    try:
+        return serving_pairs(model.config, directory)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--lora {name}={directory}: it does not fit the model: {_first_line(error)}") from None
 
 
 def _merged(model: SmolForCausalLM, adapter: Path) -> torch.nn.Module:

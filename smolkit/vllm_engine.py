@@ -4,14 +4,19 @@ vLLM never sees text: rendering, detokenising, stop strings and tool calls stay 
 servers answer alike.
 """
 
+import json
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
+from typing import get_args
 
 from vllm import SamplingParams, TokensPrompt
 from vllm.config import StructuredOutputsConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logprobs import Logprob
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -19,6 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from smolkit.engine import EngineError
+from smolkit.errors import UserError
 from smolkit.sampling import GenerationRequest, Scores, TokenEvent
 
 
@@ -30,12 +36,45 @@ def engine_args(arguments: Sequence[str]) -> AsyncEngineArgs:
     return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
 
 
-class VllmEngine:
-    """vLLM as an `Engine`. `vocab_limit` keeps padded vocabulary rows from being sampled."""
+def lora_flags(directories: Sequence[Path]) -> list[str]:
+    """vLLM's flags for serving these adapters: all of them at once, up to the largest rank."""
+    if not directories:
+        return []
+    rank = 0
+    for directory in directories:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = max(rank, config["r"], *config.get("rank_pattern", {}).values())
+    allowed = sorted(get_args(MaxLoRARanks))
+    if rank > allowed[-1]:
+        raise UserError(f"vLLM serves adapters up to rank {allowed[-1]}, and {rank} is wanted; merge it")
+    most = next(size for size in allowed if size >= rank)
+    return ["--enable-lora", "--max-loras", str(len(directories)), "--max-lora-rank", str(most)]
 
-    def __init__(self, args: AsyncEngineArgs, *, model_name: str, vocab_limit: int) -> None:
+
+class VllmEngine:
+    """vLLM as an `Engine`.
+
+    `vocab_limit` keeps padded vocabulary rows from being sampled. `loras`: adapter directories by name; `own`: the
+    adapter that answers when a request names none.
+    """
+
+    def __init__(
+        self,
+        args: AsyncEngineArgs,
+        *,
+        model_name: str,
+        vocab_limit: int,
+        loras: Mapping[str, Path] | None = None,
+        own: Path | None = None,
+    ) -> None:
         self._llm = AsyncLLM.from_engine_args(args)
         self._name = model_name
+        named = {None: own, **(loras or {})}
+        self._loras = {
+            name: LoRARequest(name or model_name, number, str(path))
+            for number, (name, path) in enumerate(named.items(), start=1)
+            if path is not None
+        }
         rows = self._llm.model_config.get_vocab_size()
         self._allowed = list(range(vocab_limit)) if vocab_limit < rows else None
 
@@ -44,13 +83,19 @@ class VllmEngine:
         return self._name
 
     @property
+    def adapters(self) -> Sequence[str]:
+        """Names of the LoRA adapters."""
+        return [name for name in self._loras if name is not None]
+
+    @property
     def max_model_len(self) -> int:
         return self._llm.model_config.max_model_len
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """Yield the tokens of one request; vLLM queues without limit, so this is never busy."""
         prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-        outputs = self._llm.generate(prompt, self._sampling_params(request), uuid.uuid4().hex)
+        lora = self._loras.get(request.adapter)
+        outputs = self._llm.generate(prompt, self._sampling_params(request), uuid.uuid4().hex, lora_request=lora)
         try:
             async with aclosing(outputs):  # closing early makes vLLM abort the request
                 async for output in outputs:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids
 from smolkit.engine import (
     ContinuousBatch,
+    DeadlineExceeded,
     EngineBusy,
     EngineError,
     GenerationRequest,
@@ -106,7 +108,8 @@ def test_logprobs_are_the_models_own() -> None:
     model = random_model("dense")
     batch, prompt = ContinuousBatch(model), [9, 10, 11]
     request = GenerationRequest(prompt, 8, temperature=1.5, seed=0, logprobs=4)
-    events = [event for _, event in batch.prefill([batch.start(request)])]
+    batch.add(batch.start(request))
+    events = []
     while len(batch):
         events += [event for _, event in batch.step()]
     tokens = [event.token_id for event in events]
@@ -213,12 +216,13 @@ def test_bf16_answers_do_not_depend_on_company() -> None:
     """bf16 logits have many near ties, so any change of rounding would show."""
     model, prompts = random_model("dense").to(torch.bfloat16), random_prompts(8)
     alone = [generate_batch(model, [prompt], 12, STOPS)[0] for prompt in prompts]
-    batch, answers = ContinuousBatch(model), {}
+    batch, answers = ContinuousBatch(model, chunk=128), {}
     waiting = [batch.start(GenerationRequest(p, 12, 0.0, stop_ids=STOPS)) for p in prompts]
     order = list(waiting)
     while waiting or len(batch):
-        events = batch.prefill([waiting.pop(0)]) if waiting else []  # one joins at every step
-        for sequence, event in events + (batch.step() if len(batch) else []):
+        if waiting:  # one joins at every step
+            batch.add(waiting.pop(0))
+        for sequence, event in batch.step():
             answers.setdefault(sequence, []).append(event.token_id)
     assert [answers[sequence] for sequence in order] == alone
 
@@ -293,6 +297,209 @@ def test_limits_are_checked() -> None:
             with pytest.raises(ValueError, match="token"):
                 await collect(engine, request_of(prompt, max_tokens=max_tokens))
         assert engine.max_model_len == 32
+
+    asyncio.run(run())
+    engine.close()
+
+
+# --- memory, chunks, prefixes -------------------------------------------------------------------------------
+
+
+def answers_of(batch: ContinuousBatch, requests: list[GenerationRequest]) -> list[list[int]]:
+    """All requests at once; the cache never passes the budget."""
+    sequences, answers = [batch.start(request) for request in requests], {}
+    for sequence in sequences:
+        batch.add(sequence)
+    while len(batch):
+        for sequence, event in batch.step():
+            answers.setdefault(sequence, []).append(event.token_id)
+        assert batch.budget is None or batch.cache.bytes <= batch.budget
+    return [answers[sequence] for sequence in sequences]
+
+
+def long_prompts(count: int, low: int, high: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.randint(low, high, (count,), generator=generator).tolist()
+    return [torch.randint(6, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def long_model(kind: str, dtype: torch.dtype = torch.bfloat16) -> SmolForCausalLM:
+    """Like `random_model`, with a context of 2,048: rows of 256, 512, 1,024 and 2,080 columns."""
+    torch.manual_seed(1)
+    moe = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32) if "moe" in kind else {}
+    config = tiny_config(VOCABULARY, max_position_embeddings=2048, qk_norm="qwen3" in kind, **moe)
+    return SmolForCausalLM(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("kind", ["dense", "qwen3_moe"])
+def test_chunks_equal_generate(kind: str) -> None:
+    """Prompts over several chunks, answers that outgrow their rows; fp32, so that only a mistake can show."""
+    model = long_model(kind, torch.float32)
+    prompts = long_prompts(3, 200, 260)
+    batch = ContinuousBatch(model, chunk=32, max_num_batched_tokens=96, max_num_seqs=2)
+    answers = answers_of(batch, [GenerationRequest(prompt, 60, 0.0) for prompt in prompts])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=60, do_sample=False, pad_token_id=0)
+        assert answer == output[0, len(prompt) :].tolist()
+
+
+def test_a_long_prompt_does_not_stall_a_stream() -> None:
+    """Every step decodes the running stream and takes no more of the prompt than it may; a short one overtakes."""
+    batch = ContinuousBatch(long_model("dense"), chunk=32, max_num_batched_tokens=64)
+    stream, long, short = (
+        batch.start(GenerationRequest(prompt, 60, 0.0)) for prompt in ([7, 8], [9] * 1000, [10] * 20)
+    )
+    batch.add(stream)
+    batch.step()
+    batch.add(long)
+    batch.add(short)
+    first = {}
+    for number in range(20):
+        before = long.length
+        events = batch.step()
+        assert stream in [sequence for sequence, _ in events]
+        assert long.length - before <= 64
+        for sequence, _ in events:
+            first.setdefault(sequence, number)
+    assert first[short] == 0 and first[long] == 16  # 32 tokens beside the short one, then 15 times 64, then 8
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_giving_way_changes_no_answer(kind: str) -> None:
+    """A budget for about three of six sequences, in bf16, where any change of rounding would show."""
+    model = long_model(kind)
+    prompts = long_prompts(6, 180, 250)
+    requests = [GenerationRequest(p, 120, i % 2 * 1.0, seed=i) for i, p in enumerate(prompts)]
+    free = ContinuousBatch(model, chunk=128)
+    expected = answers_of(free, requests)
+    tight = ContinuousBatch(model, chunk=128, budget=5 * 2**18, max_model_len=600)  # rows of 256 and 632 columns
+    assert tight.budget < 6 * 632 * tight.cache.column_bytes
+    assert answers_of(tight, requests) == expected
+    assert tight.preemptions > 0 == free.preemptions
+    assert all(not shelf.rows for shelf in tight.cache.shelves)
+
+
+def test_prefixes_are_reused_to_the_last_bit() -> None:
+    """Keys and values of a prompt that begins like an earlier one equal those computed without it."""
+    model, system = long_model("dense"), long_prompts(1, 300, 301)[0]
+    prompts = [system + [number] * 50 for number in (8, 9)]
+    plain = ContinuousBatch(model, chunk=128, budget=2**26, prefix_reuse=False)
+    expected = answers_of(plain, [GenerationRequest(prompt, 20, 0.0, logprobs=0) for prompt in prompts])
+    batch = ContinuousBatch(model, chunk=128, budget=2**26)
+    sequences = [batch.start(GenerationRequest(prompt, 20, 0.0)) for prompt in (*prompts, prompts[0])]
+    states = []
+    for sequence in sequences:
+        batch.add(sequence)
+        batch.step()
+        states.append(sequence.row.states[:, :, :, :300].clone())
+    assert batch.reused_tokens == 256 + 256 and plain.reused_tokens == 0
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+    while len(batch):
+        batch.step()
+    assert [sequence.tokens[350:] for sequence in sequences] == [*expected, expected[0]]
+
+
+def test_prefixes_stay_in_their_share() -> None:
+    """They take at most an eighth of the budget, leave in order of last use, and belong to one adapter."""
+    model = long_model("dense")
+    batch = ContinuousBatch(model, chunk=128, budget=2**22)
+    prefixes, prompts = batch.cache.prefixes, long_prompts(12, 300, 500)
+    for prompt in prompts:
+        answers_of(batch, [GenerationRequest(prompt, 2, 0.0)])
+    kept = [block.nbytes for _, block in prefixes.blocks.values()]
+    assert sum(kept) == prefixes.bytes <= 2**22 // 8 < prefixes.bytes + kept[0]
+    before = batch.reused_tokens
+    answers_of(batch, [GenerationRequest(prompts[-1], 2, 0.0)])
+    assert batch.reused_tokens - before == (len(prompts[-1]) - 1) // 128 * 128
+    answers_of(batch, [GenerationRequest(prompts[0], 2, 0.0)])
+    assert batch.reused_tokens - before == (len(prompts[-1]) - 1) // 128 * 128
+    assert prefixes.find("an adapter", prompts[-1], 128) == []
+
+
+def test_a_budget_that_holds_no_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="2048 tokens needs"):
+        ContinuousBatch(long_model("dense"), budget=2**20)
+    with pytest.raises(ValueError, match="128 tokens at a time"):
+        ContinuousBatch(long_model("dense"), chunk=128, max_num_batched_tokens=64)
+
+
+def test_deadline() -> None:
+    """Of a running request and of a waiting one; others go on."""
+    engine = TorchEngine(random_model("dense"), max_num_seqs=1, timeout=30)
+
+    async def run() -> None:
+        hurried = GenerationRequest([7, 8, 9], 240, 0.0, timeout=0.05)
+        running = asyncio.create_task(collect(engine, GenerationRequest([9], 250, 0.0, timeout=0.2)))
+        waiting = asyncio.create_task(collect(engine, hurried))
+        for task in (running, waiting):
+            with pytest.raises(DeadlineExceeded, match="in the time it had"):
+                await task
+        assert len(await collect(engine, request_of([10, 11]))) > 0
+        assert engine.num_running == engine.num_waiting == 0
+
+    original = engine._batch.step
+
+    def slowly() -> list:
+        time.sleep(0.02)
+        return original()
+
+    engine._batch.step = slowly
+    asyncio.run(run())
+    engine.close()
+
+
+def test_everybody_hears_of_a_failing_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a request whose last token was computed in it, and one that waits goes on afterwards."""
+    engine = TorchEngine(random_model("dense"), max_num_seqs=2)
+    decode = engine._batch._decode
+    monkeypatch.setattr(engine._batch, "_decode", lambda: 1 / 0)
+
+    async def run() -> None:
+        ended = asyncio.create_task(collect(engine, GenerationRequest([7], 1, 0.0)))
+        running = asyncio.create_task(collect(engine, GenerationRequest([8], 5, 0.0)))
+        waiting = asyncio.create_task(collect(engine, GenerationRequest([9], 5, 0.0)))
+        for task in (ended, running):
+            with pytest.raises(EngineError, match="generation failed"):
+                await task
+        monkeypatch.setattr(engine._batch, "_decode", decode)
+        try:
+            assert len(await waiting) == 5
+        except EngineError:  # it may have been admitted while steps still failed
+            pass
+        assert len(await collect(engine, GenerationRequest([9], 5, 0.0))) == 5
+
+    asyncio.run(run())
+    engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "qwen3_moe"])
+def test_on_a_gpu(kind: str) -> None:
+    """fp32 greedy answers of transformers, through chunks, reused prefixes, adapters beside them and rows given up."""
+    model = long_model(kind, torch.float32).cuda()
+    system = long_prompts(1, 300, 301)[0]
+    prompts = [system + prompt for prompt in long_prompts(5, 10, 120)]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        mask = torch.ones_like(ids)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=120, do_sample=False, pad_token_id=0)
+        expected.append(output[0, len(prompt) :].tolist())
+    column = ContinuousBatch(model).cache.column_bytes
+    batch = ContinuousBatch(model, chunk=128, max_model_len=600, budget=4 * 632 * column)
+    pair = torch.randn(4, 32), torch.randn(128, 4)
+    batch.decoder.adapt("a", {f"model.layers.{i}.self_attn.q_proj": pair for i in range(2)})
+    requests = [GenerationRequest(prompt, 120, 0.0) for prompt in prompts]
+    mixed = answers_of(batch, [GenerationRequest(prompts[0], 120, 0.0, adapter="a"), *requests])
+    assert mixed[1:] == expected and mixed[0] != expected[0]
+    assert batch.reused_tokens > 0 and batch.preemptions > 0
+    engine = TorchEngine(model.to(torch.bfloat16), budget=2**28)
+
+    async def run() -> None:
+        answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+        assert [len(answer) for answer in answers] == [120] * len(prompts)
 
     asyncio.run(run())
     engine.close()

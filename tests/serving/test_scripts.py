@@ -1,8 +1,10 @@
 """The scripts as a person runs them: servers that start, answer and stop; the terminal chat; bad input."""
 
+import asyncio
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -18,11 +20,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
-from smolkit.chat import render
+from smolkit.chat import render, save_tokenizer
 from smolkit.errors import UserError
-from smolkit.serving import newest_checkpoint
+from smolkit.sampling import GenerationRequest
+from smolkit.serving import load_engine, newest_checkpoint, parse_loras
 
-from .conftest import WEATHER, ScriptedEngine, started
+from .conftest import WEATHER, ScriptedEngine, started, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,71 @@ def test_conversation_in_the_terminal(root: Path, served: tuple[str, subprocess.
     result = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=root, timeout=120)
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.count("you> ") == 8 and "/reset         forget" in result.stdout
+
+
+def test_adapters_beside_the_model(
+    checkpoint: Path, adapter: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Two adapters and the model itself in one batch, each with the greedy answer of PEFT or of the plain model."""
+    from peft import PeftModel
+
+    base = SmolForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    halved = tmp_path / "halved"
+    shutil.copytree(adapter, halved)
+    config = json.loads((halved / "adapter_config.json").read_text())
+    (halved / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}))
+    loras = parse_loras([f"skill={adapter}", f"other={halved}"], "base")
+    engine = load_engine(checkpoint, tokenizer, model_name="base", dtype="fp32", loras=loras)
+    prompt = tokenizer.encode("The process of photosynthesis")
+
+    async def answer(name: str | None) -> list[int]:
+        request = GenerationRequest(prompt, 16, 0.0, adapter=name)
+        return [event.token_id async for event in engine.generate(request)]
+
+    async def everybody() -> list[list[int]]:
+        return await asyncio.gather(*map(answer, (None, "skill", "other", "skill")))
+
+    try:
+        answers = asyncio.run(everybody())
+        assert tuple(engine.adapters) == ("skill", "other")
+        with pytest.raises(ValueError, match="no adapter 'third'; there are: skill, other"):
+            asyncio.run(answer("third"))
+    finally:
+        engine.close()
+    ids, allowed = torch.tensor([prompt]), {"suppress_tokens": list(range(len(tokenizer), base.config.vocab_size))}
+
+    def expected(model: torch.nn.Module) -> list[int]:
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False, **allowed}
+        return model.generate(input_ids=ids, **options)[0, len(prompt) :].tolist()
+
+    plain = expected(base)
+    assert answers[0] == plain
+    for number, directory in ((1, adapter), (2, halved)):
+        again = SmolForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        assert answers[number] == expected(PeftModel.from_pretrained(again, directory)) != plain
+    assert answers[3] == answers[1] != answers[2]
+
+
+def test_adapters_that_cannot_be_served_beside_others(
+    checkpoint: Path, adapter: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for number, (change, message) in enumerate(
+        (({"use_dora": True}, "DoRA"), ({"target_modules": ["q_proj"]}, "cannot be served"), ({"r": 4}, None))
+    ):
+        shutil.copytree(adapter, tmp_path / str(number))
+        (tmp_path / str(number) / "adapter_config.json").write_text(json.dumps(config | change))
+        loras = {"x": tmp_path / str(number)}
+        if message is None:  # a wrong rank in the configuration only changes the scale
+            load_engine(checkpoint, tokenizer, model_name="base", loras=loras).close()
+            continue
+        with pytest.raises(UserError, match=message):
+            load_engine(checkpoint, tokenizer, model_name="base", loras=loras)
+    torch.manual_seed(0)
+    other = tmp_path / "other"
+    SmolForCausalLM(tiny_config(len(tokenizer), hidden_size=64)).save_pretrained(other)
+    with pytest.raises(UserError, match="made for another"):
+        load_engine(other, tokenizer, model_name="base", loras={"x": adapter})
 
 
 def test_server_stops_cleanly(served: tuple[str, subprocess.Popen]) -> None:
@@ -139,23 +207,33 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     assert "cannot be loaded" in refused("--model_path", broken)
 
 
-def test_serve_vllm_refuses(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
-    """What it cannot do yet, by name; and how to get vLLM where it is missing."""
+def test_serve_vllm_arguments(checkpoint: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours by name, everything else to vLLM as it is; what cannot work is refused; and how to get vLLM."""
     import serve_vllm
 
-    for method in ("int8", "int4"):
-        with pytest.raises(UserError, match=f"{method}: this version cannot quantise"):
-            serve_vllm.main(["--quantization", method])
-    with pytest.raises(UserError, match="unmerged adapter"):
-        serve_vllm.main(["--model_path", str(adapter)])
+    flags = "--tensor_parallel_size 4 --gpu_memory_utilization 0.9 --max_num_batched_tokens 4096 --max_num_seqs 64"
+    args, rest = serve_vllm.parse([*flags.split(), "--enforce_eager", "--port", "1", "--max_model_len", "2048"])
+    assert rest == ["--enforce_eager", *flags.split(), "--max_model_len", "2048"] and args.port == 1
+    assert serve_vllm.parse(["--quantization", "awq"])[1] == ["--quantization", "awq"]
+    for method in ("int8", "int4"):  # ours: vLLM finds what we made by itself
+        assert serve_vllm.parse(["--quantization", method])[1] == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert serve_vllm.parse(["--quantization", "fp8"])[1] == ["--quantization", "fp8"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="fp8 kernels for GPUs only"):
+        serve_vllm.parse(["--quantization", "fp8"])
+    for lora, message in (("x", "must be name=directory"), (f"x={checkpoint}", "not a PEFT adapter")):
+        with pytest.raises(UserError, match=message):
+            serve_vllm.main(["--model_path", str(checkpoint), "--lora", lora])
+    with pytest.raises(UserError, match="is taken already"):
+        serve_vllm.main(["--model_path", str(checkpoint), "--lora", f"{checkpoint.name}={adapter}"])
     if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(UserError, match="requirements-vllm"):
-            serve_vllm.main(["--model_path", str(checkpoint), "--port", "0"])
-    args, rest = serve_vllm.parse(["--tensor_parallel_size", "4", "--enforce_eager", "--port", "1"])
-    assert rest == ["--enforce_eager", "--tensor_parallel_size", "4"] and args.port == 1
+        for directory in (checkpoint, adapter):
+            with pytest.raises(UserError, match="requirements-vllm"):
+                serve_vllm.main(["--model_path", str(directory), "--port", "0"])
 
 
-def test_newest_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+def test_newest_checkpoint(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint under"):
         newest_checkpoint(tmp_path)
     for age, name in ((100, "old"), (10, "new"), (50, "older")):
@@ -163,6 +241,9 @@ def test_newest_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
         moment = time.time() - age
         os.utime(tmp_path / "run" / name / "config.json", (moment, moment))
     assert newest_checkpoint(tmp_path) == tmp_path / "run" / "new"
+    shutil.copytree(adapter, tmp_path / "run" / "lora")
+    (tmp_path / "run" / "lora" / "adapter_config.json").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "run" / "lora"
 
 
 def test_chat_tools(
@@ -211,3 +292,113 @@ def test_chat_errors(tmp_path: Path, scripted: tuple[ScriptedEngine, openai.Open
             chat.main(["--base_url", url, "--tools", str(path), "--prompt", "hi"])
     with pytest.raises(UserError, match="no such directory"):
         chat.main(["--model_path", str(tmp_path / "nothing"), "--prompt", "hi"])
+
+
+def documented_commands(root: Path, title: str) -> list[list[str]]:
+    """The shell lines of a section of the README, as words."""
+    section = (root / "README.md").read_text(encoding="utf-8").split(f"### {title}\n")[1].split("\n### ")[0]
+    lines = section.split("```bash\n")[1].split("```")[0].splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["serve_hf.py", "serve_vllm.py"])
+def test_documented_commands(
+    root: Path, script: str, quantisable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line of the README about the engines, with a tiny checkpoint in the place of the quickstart's."""
+    from peft import LoraConfig, get_peft_model
+
+    if script == "serve_vllm.py":
+        pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+    monkeypatch.setenv("SMOLLM_CACHE", str(tmp_path / "cache"))
+    base = SmolForCausalLM.from_pretrained(quantisable)
+    wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.peft_config["default"].base_model_name_or_path = str(quantisable)
+    wrapped.save_pretrained(tmp_path / "lora")
+    places = {"out/quickstart/sft": str(quantisable), "out/quickstart/lora": str(tmp_path / "lora")}
+    commands = [words[1:] for words in documented_commands(root, "The two engines") if words[1] == script]
+    assert len(commands) == 3
+    for words in commands:
+        for place, directory in places.items():
+            words = [word.replace(place, directory) for word in words]
+        words += ["--enforce_eager"] if script == "serve_vllm.py" else []
+        with started(root, *words) as (url, _):
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+            model = client.models.list().data[0].id
+            assert client.completions.create(model=model, prompt="What", max_tokens=2).usage.completion_tokens > 0
+
+
+# --- vLLM (`make test-all`, where it is installed) ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantisable(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose layers are wide enough for int4."""
+    torch.manual_seed(0)
+    config = tiny_config(len(tokenizer), hidden_size=128, intermediate_size=256, initializer_range=0.2)
+    directory = tmp_path_factory.mktemp("quantisable") / "wide"
+    SmolForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_vllm_serves_quantised_directories(
+    root: Path, quantisable: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token of the directory that serve_vllm.py makes is the one our engine finds most likely, too."""
+    pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+    monkeypatch.setenv("SMOLLM_CACHE", str(tmp_path))
+    answers = []
+    for script, flags in (("serve_vllm.py", ["--enforce_eager"]), ("serve_hf.py", [])):  # eager: it starts sooner
+        with started(root, script, "--model_path", quantisable, "--quantization", method, *flags) as (url, _):
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+            options = {"model": quantisable.name, "max_tokens": 1, "temperature": 0, "logprobs": 3}
+            prompts = ["The process of", "Emoji take four", "What is"]
+            choices = [client.completions.create(prompt=prompt, **options).choices[0] for prompt in prompts]
+            answers.append([choice.logprobs.token_logprobs[0] for choice in choices])
+    assert len(list((tmp_path / "quantized").iterdir())) == 1
+    assert answers[0] == pytest.approx(answers[1], abs=0.1)
+
+
+@pytest.mark.slow
+def test_vllm_serves_adapters(root: Path, checkpoint: Path, adapter: Path) -> None:
+    """Beside the model, and an unmerged directory as it lies: both servers answer alike."""
+    pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+    answers: dict[str, list[str]] = {}
+    sides = {"serve_vllm.py": ["--dtype", "float32", "--enforce_eager"], "serve_hf.py": ["--dtype", "fp32"]}
+    for script, dtype in sides.items():
+        for flags in (("--model_path", checkpoint, "--lora", f"skill={adapter}"), ("--model_path", adapter)):
+            with started(root, script, *flags, *dtype) as (url, _):
+                client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+                options = {"prompt": "The process", "max_tokens": 10, "temperature": 0}
+                for model in [card.id for card in client.models.list().data]:
+                    answer = client.completions.create(model=model, **options).choices[0].text
+                    answers.setdefault(model, []).append(answer)
+    plain, skill, own = (answers[name] for name in (checkpoint.name, "skill", adapter.name))
+    assert plain[0] == plain[1] != skill[0] == skill[1] == own[0] == own[1]
+
+
+@pytest.mark.slow
+def test_vllm_accepts_the_documented_commands(root: Path) -> None:
+    """Every `serve_vllm.py` and vLLM command of the README about several GPUs and nodes, by their own parsers."""
+    pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    import serve_vllm
+    from smolkit.vllm_engine import engine_args
+
+    seen = set()
+    for words in documented_commands(root, "Several GPUs and nodes"):
+        if words[:2] == ["python", "serve_vllm.py"]:
+            args, rest = serve_vllm.parse(words[2:])
+            parsed = engine_args(["--model", args.model_path, *rest])
+            seen.add((parsed.tensor_parallel_size, parsed.pipeline_parallel_size, parsed.data_parallel_size))
+        elif words[:2] == ["vllm", "serve"]:
+            validate_parsed_serve_args(make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:]))
+        else:
+            assert words[:2] == ["ray", "start"]
+    assert {(4, 1, 1), (1, 1, 4), (8, 2, 1)} <= seen
