@@ -265,7 +265,8 @@ def save_adapter(trainer: Any, card: str) -> None:
     """Write a trainer's adapter as a PEFT directory, aside and renamed (call it on all processes)."""
     directory = Path(trainer.args.output_dir)
     aside = directory / ".writing"
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
+    divided = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if divided else None
     if trainer.args.should_save:
         shutil.rmtree(aside, ignore_errors=True)
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)

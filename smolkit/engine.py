@@ -151,6 +151,7 @@ class ContinuousBatch:
         """Let a sequence wait for its place."""
         self.waiting.append(sequence)
 
+    @torch.inference_mode()  # the row that moves into its place is an inference tensor
     def remove(self, sequence: _Sequence) -> None:
         """Take a sequence out, wherever it is."""
         if sequence.row is None:
@@ -433,8 +434,8 @@ class TorchEngine:
 
     def _run(self) -> None:
         while self._take_in():
-            self._drop()
             try:
+                self._drop()
                 self._deliver(self._batch.step())
             except Exception:
                 # One bad step must not end the server: everybody in it is told, and the batch starts empty.

@@ -60,11 +60,12 @@ def export_gguf(source: Path, target: Path, dtype: str, adapter: Path | None = N
 
 def export_compressed(source: Path, target: Path, bits: int, adapter: Path | None = None) -> str:
     """Write a compressed-tensors checkpoint of 8 or 4 bits to a new directory; returns a line about it."""
-    from smolkit.quantize import quantize_checkpoint  # heavy, and only this needs it
+    from smolkit.quantize import describe_report, quantize  # heavy, and only this needs it
 
     require_new(target)
     with merged(source, adapter, target) as directory:
-        return str(quantize_checkpoint(directory, target, f"int{bits}"))
+        quantize(directory, target, f"int{bits}")
+    return describe_report(target)
 
 
 @contextmanager

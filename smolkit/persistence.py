@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -208,6 +209,8 @@ class PersistenceMixin:
             action()
         except (OSError, RuntimeError, SafetensorError) as error:  # how torch and safetensors say "disk full"
             failure = " ".join(str(error).split())[:300] or type(error).__name__
+            # Said now: where the others are still inside a collective operation, the next line ends in its error.
+            print(f"process {self.args.process_index}: {failure}", file=sys.stderr, flush=True)
         failed = torch.tensor([bool(failure)], dtype=torch.int32, device=self.args.device)
         if not self.accelerator.gather(failed).any():
             return

@@ -8,12 +8,14 @@ token prediction: a sum over trained tokens divided by their global number, in t
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -71,6 +73,10 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
         if state.distributed_type == DistributedType.MULTI_CPU and fsdp_version(self.args):
             state.distributed_type = DistributedType.MULTI_GPU  # becomes FSDP; the device stays the CPU
         super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin and isinstance(policy := plugin.mixed_precision_policy, MixedPrecisionPolicy):
+            # accelerate would round the loss to 16 bits on its way out, and add gradients up in them.
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
     # optimizer
 

@@ -112,6 +112,17 @@ def test_an_adapter_is_merged_into_either_format(world, tmp_path):
     assert names["general.name"].contents() == "adapter"
 
 
+def test_fewer_bits_are_a_directory_that_transformers_reads(world, tmp_path, capsys):
+    target = tmp_path / "int8"
+    export.main(f"--model_path {world}/llama --format compressed-tensors --bits 8 --output {target}".split())
+    assert "int8" in capsys.readouterr().out
+    settings = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "compressed-tensors"
+    exact = logits(AutoModelForCausalLM.from_pretrained(world / "llama", dtype=torch.float32))
+    rounded = logits(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.1
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_another_dtype_is_a_complete_directory(case, world, tmp_path):
     export.main(["--model_path", f"{world}/{case}", "--format", "safetensors", "--output", f"{tmp_path}/bf16"])

@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 import schemathesis
+import torch
 from hypothesis import HealthCheck, given, settings
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -22,6 +23,13 @@ from smolkit.openai_api import create_app
 from smolkit.serving import serving
 
 from .conftest import WEATHER
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> None:
+    """Schemathesis insists on them; a training or serving script that ran in this process switched them off."""
+    torch.set_flush_denormal(False)
+
 
 QUESTION = [{"role": "user", "content": "What is photosynthesis?"}]
 

@@ -246,6 +246,25 @@ def test_cancelling_frees_the_place() -> None:
     engine.close()
 
 
+def test_who_stays_is_not_hurt_by_who_leaves() -> None:
+    """The row of the one that leaves stands before that of the other, which moves into its place."""
+    engine = TorchEngine(random_model("dense"), max_num_seqs=2)
+
+    async def run() -> None:
+        stays = request_of([10, 11], max_tokens=60)
+        alone = await collect(engine, stays)
+        leaves = engine.generate(GenerationRequest([7, 8, 9], 200, 0.0))
+        await anext(leaves)
+        beside = asyncio.create_task(collect(engine, stays))
+        while engine.num_running < 2:
+            await asyncio.sleep(0)
+        await leaves.aclose()
+        assert await asyncio.wait_for(beside, 60) == alone
+
+    asyncio.run(run())
+    engine.close()
+
+
 def test_queue_limit() -> None:
     engine = TorchEngine(random_model("dense"), max_num_seqs=1, max_queue=1)
 
