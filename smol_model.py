@@ -737,9 +737,10 @@ class Router(nn.Module):
         return logits, probabilities, weights, experts
 
 
-# Every expert's rows are filled up to a multiple of this. On a CPU oneDNN compiles and keeps a kernel for each number of
-# rows it meets, and an expert's share of a batch is another number every time; a GPU's grouped product sums over rows
-# in steps of 16 bytes, and stops the program where a compiler chose a layout in which a share is not a multiple of them.
+# Every expert's rows are filled up to a multiple of this. On a CPU oneDNN compiles and keeps a kernel for each number
+# of rows it meets, and an expert's share of a batch is another number every time; a GPU's grouped product sums over
+# rows in steps of 16 bytes and stops the program where a compiler chose a layout in which a share is no multiple of
+# them.
 ROW_MULTIPLE = 8
 
 
