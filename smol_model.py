@@ -737,9 +737,11 @@ class Router(nn.Module):
         return logits, probabilities, weights, experts
 
 
-# On a CPU every expert's rows are filled up to a multiple of this: oneDNN compiles and keeps a kernel for each number
-# of rows it meets, and an expert's share of a batch is another number every time.
-CPU_ROW_MULTIPLE = 8
+# Every expert's rows are filled up to a multiple of this. On a CPU oneDNN compiles and keeps a kernel for each number
+# of rows it meets, and an expert's share of a batch is another number every time; a GPU's grouped product sums over
+# rows in steps of 16 bytes and stops the program where a compiler chose a layout in which a share is no multiple of
+# them.
+ROW_MULTIPLE = 8
 
 
 class Dispatch(NamedTuple):
@@ -773,13 +775,12 @@ def dispatch(experts: Tensor, num_experts: int, capacity: Tensor | int | None, r
         sorted_expert, again = sorted_expert.masked_fill(overflow, num_experts).sort(stable=True)
         order = order[again]
         ends = torch.searchsorted(sorted_expert, bins, right=True, out_int32=True)
-    multiple = CPU_ROW_MULTIPLE if experts.device.type == "cpu" else 1
     sizes = ends.diff(prepend=ends.new_zeros(1))
-    filled_ends = (-(-sizes // multiple) * multiple).cumsum(0, dtype=torch.int32)
+    filled_ends = (-(-sizes // ROW_MULTIPLE) * ROW_MULTIPLE).cumsum(0, dtype=torch.int32)
     # Each expert's rows move down by what was filled up before it, and those past the last expert by all of it.
     moved = torch.cat((F.pad(filled_ends - ends, (1, 0))[:-1], (filled_ends - ends)[-1:]))
     rows = rows + moved[sorted_expert]
-    room = len(order) + num_experts * (multiple - 1)
+    room = len(order) + num_experts * (ROW_MULTIPLE - 1)
     kept = torch.zeros(room, dtype=torch.bool, device=rows.device).scatter_(0, rows, sorted_expert < num_experts)
     return Dispatch(
         order=rows.new_zeros(room).scatter_(0, rows, order),

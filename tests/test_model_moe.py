@@ -60,7 +60,7 @@ def test_routing_equals_a_naive_loop(options):
 
 def test_rows_of_an_expert_are_filled_up_to_a_multiple(monkeypatch):
     """The example of the next test in multiples of 4: two rows of filling each, what is dropped after all experts."""
-    monkeypatch.setattr(smol_model, "CPU_ROW_MULTIPLE", 4)
+    monkeypatch.setattr(smol_model, "ROW_MULTIPLE", 4)
     plan = dispatch(torch.tensor([[0, 1], [0, 1], [0, 1]]), num_experts=2, capacity=2, real=None)
     assert plan.ends.tolist() == [4, 8]
     assert plan.order.tolist() == [0, 1, 0, 0, 3, 4, 0, 0, 2, 5, 0, 0]
@@ -71,7 +71,7 @@ def test_rows_of_an_expert_are_filled_up_to_a_multiple(monkeypatch):
 
 def test_capacity_drops_exactly_the_overflow_in_priority_order(monkeypatch):
     """Literal example: 3 tokens, 2 experts, top-2. Everybody's first choice is expert 0, which takes two."""
-    monkeypatch.setattr(smol_model, "CPU_ROW_MULTIPLE", 1)
+    monkeypatch.setattr(smol_model, "ROW_MULTIPLE", 1)
     experts = torch.tensor([[0, 1], [0, 1], [0, 1]])
     plan = dispatch(experts, num_experts=2, capacity=2, real=None)
     # slots 0-2 are the first choices of tokens 0-2, slots 3-5 their second ones
