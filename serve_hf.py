@@ -44,13 +44,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model_path", help="checkpoint or PEFT adapter directory; default: the newest checkpoint under out/"
     )
     parser.add_argument("--adapter", help="PEFT adapter directory, merged into the model while loading")
-    parser.add_argument(
-        "--lora",
-        nargs="+",
-        default=[],
-        metavar="NAME=DIR",
-        help="PEFT adapters served beside the model; a request chooses one as its `model`",
-    )
     parser.add_argument("--quantization", choices=["int8", "int4"], help="round the weights; the result is kept")
     parser.add_argument(
         "--dtype",

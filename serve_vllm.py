@@ -53,13 +53,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--quantization",
         help="int8 or int4: round the weights (the result is kept and serves again); else vLLM's, such as fp8",
     )
-    parser.add_argument(
-        "--lora",
-        nargs="+",
-        default=[],
-        metavar="NAME=DIR",
-        help="PEFT adapters served beside the model; a request chooses one as its `model`",
-    )
     add_server_arguments(parser)
     args, rest = parser.parse_known_args(argv)
     if args.quantization == "fp8" and not torch.cuda.is_available():

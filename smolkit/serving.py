@@ -37,6 +37,13 @@ logger = logging.getLogger(__name__)
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that both servers have."""
     group = parser.add_argument_group("server")
+    group.add_argument(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="PEFT adapters served beside the model; a request chooses one as its `model`",
+    )
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: everywhere)")
     group.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one and prints it")
     group.add_argument(
