@@ -31,7 +31,12 @@ if sys.argv[1] == "cpu" and torch.version.cuda:
 endef
 export TORCH_CHECK
 
-.PHONY: help setup setup-vllm quickstart test test-all lint clean
+# Whole scripts, several processes, browsers, notebooks: what `make test-fast` leaves out.
+LONG_TESTS := cluster export gpu insight_runs launch_configs notebooks order parallel prepare_hub recipes resume \
+  strategies training_scripts upcycle
+LONG_SERVING_TESTS := app clients guard load scripts
+
+.PHONY: help setup setup-vllm quickstart test test-fast test-all lint clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -64,6 +69,10 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow" $(LONG_TESTS:%=--ignore=tests/test_%.py) \
+	  $(LONG_SERVING_TESTS:%=--ignore=tests/serving/test_%.py) $(PYTEST_ARGS)
 
 test-all: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
