@@ -493,11 +493,15 @@ def test_specials_stay_text_in_training_and_serving(trained: PreTrainedTokenizer
 
 
 def test_nobody_else_renders(root: Path) -> None:
-    """Messages become ids in smolkit/chat.py only: no other file runs a chat template."""
+    """Messages become ids in smolkit/chat.py only: no other file runs a chat template. ollama.py writes one for another
+    program, and harness.py names an option of lm-evaluation-harness, which renders by itself."""
     files = [path for path in (*root.glob("*.py"), *(root / "smolkit").rglob("*.py")) if path.name != "chat.py"]
     files.append(root / "chat.py")  # the terminal client sends messages to a server
     calls = re.compile(r"apply_chat_template|render_jinja_template|<\|im_start\|>")
-    assert [path.name for path in files if calls.search(path.read_text(encoding="utf-8"))] == []
+    found = {path.name for path in files if calls.search(path.read_text(encoding="utf-8"))}
+    assert found == {"ollama.py", "harness.py"}
+    harness = (root / "smolkit" / "evaluation" / "harness.py").read_text(encoding="utf-8")
+    assert calls.findall(harness) == ["apply_chat_template"] and "apply_chat_template=" in harness
 
 
 # --- long conversations -------------------------------------------------------------------------------------
