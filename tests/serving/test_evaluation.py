@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from smolkit.evaluation import exam, generation
+from smolkit.evaluation import exam, generation, likelihoods
 from smolkit.evaluation.endpoint import Endpoint
 from smolkit.evaluation.results import Results
 from smolkit.evaluation.subjects import LocalModel, Subject, load_model
@@ -26,6 +26,16 @@ ITEMS = [
     for number, question in enumerate(QUESTIONS)
 ]
 TASKS = [{"prompt": f"{question} I", "stop": [" ", "\n"], "answer": "a", "match": "contains"} for question in QUESTIONS]
+CHOICES = [{"question": q, "choices": ["Yes", "It is warm.", "没有"], "answer": i % 3} for i, q in enumerate(QUESTIONS)]
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": "It is warm."}],
+        "rejected": [{"role": "assistant", "content": other}],
+    }
+    for question in QUESTIONS
+    for other in ("Yes", "It is cold today.")
+]
 
 
 def agree(server: Endpoint, local: Sequence[LocalModel], measured: Callable[[Subject], Results]) -> Results:
@@ -57,3 +67,14 @@ def test_replies_are_judged_alike(url: str, checkpoint: Path, tokenizer: PreTrai
     found = agree(server, local, lambda subject: exam.exam_results(ITEMS, exam.take_exam(ITEMS, subject, 20)))
     assert {"qa", "tool_exact", "refusal", "ends_by_itself", "refused", "false_refusal"} <= set(found.figures)
     agree(server, local, lambda subject: generation.task_results("tasks", TASKS, subject, 12)[0])
+
+
+def test_prompts_are_scored_alike(moe_url: str, moe: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """On a model without padded vocabulary rows: a server may leave those out of the softmax."""
+    server, local = Endpoint(moe_url, tokenizer=tokenizer), both(moe, tokenizer)
+    agree(server, local, lambda subject: likelihoods.choice_results("choices", CHOICES, subject))
+    agree(server, local, lambda subject: likelihoods.choice_results("choices", CHOICES, subject, chat=True))
+    agree(server, local, lambda subject: likelihoods.preference_results(subject, PAIRS))
+    texts = ["The weather is warm today. " * 20, "你好，世界。"]
+    found = agree(server, local, lambda subject: likelihoods.text_results(subject, texts, context=64))
+    assert found.figures["perplexity"].value > 1
