@@ -65,7 +65,7 @@ endif
 	touch $@
 
 quickstart: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" bash recipes/quickstart.sh
+	PATH="$(abspath $(BIN)):$$PATH" MODEL="$(MODEL)" bash recipes/quickstart.sh
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

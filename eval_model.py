@@ -28,7 +28,7 @@ from smolkit.errors import run
 from smolkit.evaluation import exam, generation, harness, likelihoods
 from smolkit.evaluation.arguments import MEASUREMENTS, check, parser
 from smolkit.evaluation.comparison import comparison_table, read_run
-from smolkit.evaluation.endpoint import Endpoint
+from smolkit.evaluation.endpoint import ServedModel
 from smolkit.evaluation.records import Record, read_records
 from smolkit.evaluation.results import Results, card_beside, check_limits, evaluation_table, update_card, write_rows
 from smolkit.evaluation.subjects import LocalModel, Subject, load_model
@@ -66,9 +66,9 @@ def read(args: argparse.Namespace) -> Inputs:
     return inputs
 
 
-def open_endpoint(args: argparse.Namespace) -> Endpoint:
+def open_endpoint(args: argparse.Namespace) -> ServedModel:
     tokenizer = load_tokenizer(args.tokenizer_path) if args.tokenizer_path else None
-    return Endpoint(args.endpoint, args.api_key, args.model, tokenizer, args.concurrency)
+    return ServedModel(args.endpoint, args.api_key, args.model, tokenizer, args.concurrency)
 
 
 def open_subject(args: argparse.Namespace) -> Subject:

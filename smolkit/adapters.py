@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.arguments import AdapterArguments
-from smolkit.checkpoints import build_model, model_card, save_adapter, save_final
+from smolkit.checkpoints import build_model, merge_adapter, plain_card, save_adapter, save_final
 from smolkit.errors import UserError
 from smolkit.runs import complete, leave
 
@@ -138,12 +138,8 @@ def write_merged(
 
     `UserError` when the adapter does not fit.
     """
-    model = build_model(config, base, torch.float32)
-    try:
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{adapter}: does not fit {base}: {' '.join(str(error).split())[:300]}") from error
-    card = model_card(Path(directory).name, config, {"base": base, "adapter": adapter})
+    merged = merge_adapter(build_model(config, base, torch.float32), adapter)
+    card = plain_card(Path(directory).name, config, {"base": base, "adapter": adapter})
     save_final(merged, merged.state_dict(), tokenizer, directory, dtype, card)
 
 
@@ -176,7 +172,7 @@ def finish_adapter(trainer: Any, config: SmolConfig, facts: dict[str, Any], merg
 
     config: of the base. facts: of the run, for its model card.
     """
-    save_adapter(trainer, model_card(Path(trainer.args.output_dir).name, config, facts))
+    save_adapter(trainer)
     if trainer.args.should_save:
         complete(trainer.args, trainer.state.global_step, config, facts)
         merge.write()

@@ -76,7 +76,7 @@ class Answers:
         self.stop_ids = frozenset(chat_stop_ids(tokenizer) if stop_ids is None else stop_ids)
         self.default_max_tokens = default_max_tokens
         self.template_kwargs, self.timeout = tuple(template_kwargs), timeout
-        self.adapters = tuple(getattr(engine, "adapters", ()))  # LoRA adapters: models of their own in the API
+        self.adapters = tuple(engine.adapters)  # LoRA adapters: models of their own in the API
 
     @cached_property
     def _grammars(self) -> Grammars:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from smol_model import PRESETS, SmolConfig, SmolForCausalLM, count_parameters, preset_config
@@ -208,7 +209,7 @@ def resize_vocabulary(
     if rows != before:
         model.resize_token_embeddings(rows)
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    card = model_card(target.name, model.config, {"resized from": directory, "vocabulary rows": f"{before} → {rows}"})
+    card = plain_card(target.name, model.config, {"resized from": directory, "vocabulary rows": f"{before} → {rows}"})
     save_final(model, dict(model.named_parameters()), tokenizer, target, dtype, card)
     return f"saved {target}: {before:,} → {rows:,} vocabulary rows for {len(tokenizer):,} entries"
 
@@ -238,9 +239,11 @@ def save_final(
     tokenizer: PreTrainedTokenizerFast,
     directory: str | Path,
     dtype: torch.dtype,
-    card: str,
+    card: str | None = None,
 ) -> None:
-    """Write a complete model directory: weights `state` cast to `dtype`, configs, tokenizer and card.
+    """Write a complete model directory: weights `state` cast to `dtype`, configs, tokenizer, card.
+
+    `card` None: a training run writes its own when all of it is on the disk (`smolkit.model_card`).
 
     Everything is written aside and renamed file by file, config.json last: a directory that has one is
     complete.
@@ -257,11 +260,12 @@ def save_final(
         config["use_cache"] = True  # Trainer turns it off in the config it trains with
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_tokenizer(tokenizer, aside)
-    (aside / "README.md").write_text(card, encoding="utf-8")
+    if card is not None:
+        (aside / "README.md").write_text(card, encoding="utf-8")
     move_into(aside, directory)
 
 
-def save_adapter(trainer: Any, card: str) -> None:
+def save_adapter(trainer: Any) -> None:
     """Write a trainer's adapter as a PEFT directory, aside and renamed (call it on all processes)."""
     directory = Path(trainer.args.output_dir)
     aside = directory / ".writing"
@@ -272,7 +276,6 @@ def save_adapter(trainer: Any, card: str) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         model.save_pretrained(aside, state_dict=state, selected_adapters=["default"])  # not a reference's copy
         save_tokenizer(trainer.processing_class, aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
         move_into(aside, directory)
     trainer.accelerator.wait_for_everyone()
 
@@ -294,6 +297,25 @@ def move_into(aside: Path, directory: Path) -> None:
     shutil.rmtree(aside)
 
 
+def merge_adapter(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+    """The model with a PEFT adapter added to its weights; `UserError` when the directory is none or does not fit."""
+    require_adapter(adapter)
+    from peft import PeftModel  # heavy, and only adapters need it
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(f"{adapter}: the adapter does not fit the model: {problem}") from None
+
+
+def require_adapter(directory: str | Path) -> Path:
+    """The directory; `UserError` when it is no PEFT adapter."""
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise UserError(f"{directory}: not a PEFT adapter (no adapter_config.json); train_lora.py writes one")
+    return Path(directory)
+
+
 def describe_model(config: SmolConfig) -> str:
     """One line: architecture, parameters, vocabulary."""
     total, active = count_parameters(config)
@@ -301,8 +323,8 @@ def describe_model(config: SmolConfig) -> str:
     return f"{config.native_type()}, {total:,} parameters{active_text}, vocabulary {config.vocab_size:,}"
 
 
-def model_card(title: str, config: SmolConfig, facts: dict[str, Any]) -> str:
-    """A short model card in Markdown with the front matter of the Hugging Face hub."""
+def plain_card(title: str, config: SmolConfig, facts: dict[str, Any]) -> str:
+    """The card of a directory that no training run wrote (theirs is `smolkit.model_card`'s), for the hub."""
     lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}\n\n"

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from smolkit.adapters import write_merged
-from smolkit.checkpoints import build_model, load_config, load_tokenizer, model_card, require_checkpoint, save_final
+from smolkit.checkpoints import build_model, load_config, load_tokenizer, plain_card, require_checkpoint, save_final
 from smolkit.errors import UserError
 from smolkit.files import atomic_writer
 from smolkit.gguf_file import write_gguf
@@ -35,11 +35,10 @@ def export_native(source: Path, target: Path, dtype: str, adapter: Path | None =
     tokenizer = load_tokenizer(require_checkpoint(source))
     config = load_config(source, tokenizer, source)
     if adapter is not None:
-        require_adapter(adapter)
         write_merged(target, source, adapter, config, tokenizer, DTYPES[dtype])
     else:
         model = build_model(config, source, torch.float32)
-        card = model_card(target.name, config, {"converted from": source, "dtype": dtype})
+        card = plain_card(target.name, config, {"converted from": source, "dtype": dtype})
         save_final(model, dict(model.named_parameters()), tokenizer, target, DTYPES[dtype], card)
     return f"{target}: {dtype}, {sum(path.stat().st_size for path in target.glob('*.safetensors')) / 2**20:,.1f} MiB"
 
@@ -80,12 +79,6 @@ def merged(source: Path, adapter: Path | None, beside: Path) -> Iterator[Path]:
         whole = Path(directory) / "model"
         export_native(source, whole, "f32", adapter)
         yield whole
-
-
-def require_adapter(directory: Path) -> None:
-    """`UserError` unless the directory holds a PEFT adapter."""
-    if not (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory}: not a PEFT adapter (no adapter_config.json); train_lora.py writes one")
 
 
 def require_new(target: Path) -> None:

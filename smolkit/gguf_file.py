@@ -285,7 +285,7 @@ def stored_tensors(source: Path) -> Iterator[tuple[str, Callable[[], Tensor], tu
         if not (source / file).is_file():
             raise UserError(f"{source}: {file} is missing, which {index.name} names")
         handle = safe_open(source / file, framework="pt")
-        for key in handle.keys():  # noqa: SIM118 - a handle, not a dict
+        for key in handle.keys():
             yield key, (lambda handle=handle, key=key: handle.get_tensor(key)), tuple(handle.get_slice(key).get_shape())
 
 

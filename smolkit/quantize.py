@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from smol_model import SmolConfig, SmolForCausalLM
-from smolkit.checkpoints import describe_model, require_checkpoint
+from smolkit.checkpoints import plain_card, require_checkpoint
 from smolkit.errors import UserError, run
 from smolkit.files import sync, write_json
 from smolkit.shards import default_cache_dir
@@ -94,7 +94,8 @@ def quantize(source: str | Path, target: str | Path, method: str) -> dict[str, A
             "weight_error": moved,  # |quantised - original| / |original| over all quantised weights
         }
         write_json(aside / REPORT, report)
-        (aside / "README.md").write_text(_card(target.name, source, report), encoding="utf-8")
+        card = plain_card(target.name, SmolConfig.from_pretrained(source), report)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         for file in aside.iterdir():
             sync(file)
         try:
@@ -174,12 +175,6 @@ def describe_report(directory: Path) -> str:
         f"{report['method']} ({report['scheme']}{group}) in {directory}: {report['bytes'] / 2**20:,.1f} MiB instead of "
         f"{report['bytes_before'] / 2**20:,.1f}, weights moved by {report['weight_error']:.2%}"
     )
-
-
-def _card(title: str, source: Path, report: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in report.items())
-    config = describe_model(SmolConfig.from_pretrained(source))
-    return f"# {title}\n\n{config}; weights rounded to the nearest step.\n\n| | |\n|---|---|\n{rows}\n"
 
 
 # --- loading into our model ---------------------------------------------------------------------------------
@@ -303,8 +298,7 @@ def _method_of(directory: Path, config: SmolConfig) -> str:
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     state = {}
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            state |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        state |= load_file(file)
     return state
 
 

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids
+from smolkit.checkpoints import merge_adapter, require_adapter
 from smolkit.engine import TorchEngine
 from smolkit.errors import UserError
 from smolkit.http_guard import Limits, log_access_to
@@ -155,9 +156,7 @@ def split_adapter(directory: str | Path, adapter: str | None) -> tuple[Path, Pat
         if adapter is not None:
             raise UserError(f"{path} is an adapter itself: give the base model as --model_path with --adapter")
         adapter, path = str(path), Path(_base_of(path))
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: not a PEFT adapter directory, adapter_config.json is missing")
-    return check_checkpoint(path), None if adapter is None else Path(adapter)
+    return check_checkpoint(path), None if adapter is None else require_adapter(adapter)
 
 
 def _base_of(adapter: Path) -> str:
@@ -225,7 +224,7 @@ def load_engine(
         raise UserError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from None
     pairs = {name: _read_lora(model, name, path) for name, path in (loras or {}).items()}
     if adapter is not None:
-        model = _merged(model, adapter)
+        model = merge_adapter(model, adapter)
     rows, context = model.config.vocab_size, model.config.max_position_embeddings
     if rows < len(tokenizer):
         raise UserError(f"{directory}: the model has {rows} vocabulary rows, the tokenizer {len(tokenizer)} entries")
@@ -285,15 +284,6 @@ def _read_lora(model: SmolForCausalLM, name: str, directory: Path) -> dict[str, 
         raise
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--lora {name}={directory}: it does not fit the model: {_first_line(error)}") from None
-
-
-def _merged(model: SmolForCausalLM, adapter: Path) -> torch.nn.Module:
-    from peft import PeftModel  # heavy, and only adapters need it
-
-    try:
-        return PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{adapter}: the adapter does not fit the model: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
-from smolkit.checkpoints import model_card, save_final
+from smolkit.checkpoints import save_final
 from smolkit.errors import UserError
 from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
@@ -361,7 +360,6 @@ def write_final(trainer: TrainerMixin, dtype: torch.dtype, config: SmolConfig, f
     state = final_weights(trainer)
     if trainer.args.should_save:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        card = model_card(Path(trainer.args.output_dir).name, config, facts)
-        save_final(model, state, trainer.processing_class, trainer.args.output_dir, dtype, card)
+        save_final(model, state, trainer.processing_class, trainer.args.output_dir, dtype)
         complete(trainer.args, trainer.state.global_step, config, facts)
     trainer.accelerator.wait_for_everyone()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, quantisation, serving
+from benchmarks import common, quantization, serving
 from benchmarks.common import shape
 from smolkit.errors import UserError
 
@@ -63,23 +63,23 @@ def test_arguments_of_the_serving_benchmark() -> None:
             serving.main(arguments)
     for arguments in ([], ["--case", "tiny", "--model_path", "x"], ["--model_path", "x"]):
         with pytest.raises(UserError, match="give --model_path with --text, or --case"):
-            quantisation.main(arguments)
+            quantization.main(arguments)
 
 
 def test_the_table_of_quantised_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one's own text: bf16 against itself is no change, int8 moves less than int4."""
 
     def here(function: str, **arguments: object) -> dict:
-        assert function == "benchmarks.quantisation:measure"
-        return json.loads(json.dumps(quantisation.measure(**arguments)))
+        assert function == "benchmarks.quantization:measure"
+        return json.loads(json.dumps(quantization.measure(**arguments)))
 
     monkeypatch.setattr(common, "in_a_process", here)
-    monkeypatch.setattr(quantisation, "prepare", lambda _: None)
+    monkeypatch.setattr(quantization, "prepare", lambda _: None)
     directory = tmp_path / "model"
     serving.write_model(str(directory), TOY)
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Some text of a few words. " * 20}) + "\n")
     flags = ["--model_path", str(directory), "--text", str(tmp_path / "text.jsonl"), "--rounds", "1", "--new", "2"]
-    table = quantisation.main([*flags, "--streams", "1"])["table"]
+    table = quantization.main([*flags, "--streams", "1"])["table"]
     assert table["bf16"]["perplexity_change"] == 0 == table["bf16"]["weight_error"]
     assert 0 < table["int8"]["weight_error"] < table["int4"]["weight_error"] < 0.2
     assert table["int4"]["mib"] < table["int8"]["mib"] < table["bf16"]["mib"]

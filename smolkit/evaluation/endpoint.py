@@ -26,7 +26,7 @@ ROWS_PER_REQUEST = 8
 MAX_RETRIES = 6  # of a request that the server was too busy for; the client waits longer each time
 
 
-class Endpoint:
+class ServedModel:
     """A server, asked by `concurrency` requests at a time."""
 
     def __init__(

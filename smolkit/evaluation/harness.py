@@ -7,11 +7,12 @@ filter where a task has several (`gsm8k_exact_match_strict-match`), and have the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from smolkit.errors import UserError
-from smolkit.evaluation.endpoint import Endpoint
+from smolkit.evaluation.endpoint import ServedModel
 from smolkit.evaluation.results import Results, Value, fraction
 
 INSTALL = "pip install -r requirements-eval.txt"
@@ -30,10 +31,8 @@ class HarnessTasks:
 
 def require_harness() -> None:
     """UserError where the package is not installed."""
-    try:
-        import lm_eval  # noqa: F401 - optional and slow to import
-    except ModuleNotFoundError:
-        raise UserError(f"--lm_eval needs lm-evaluation-harness: {INSTALL}") from None
+    if find_spec("lm_eval") is None:
+        raise UserError(f"--lm_eval needs lm-evaluation-harness: {INSTALL}")
 
 
 def backend_of_checkpoint(
@@ -45,7 +44,7 @@ def backend_of_checkpoint(
     return "hf", arguments | ({"peft": str(adapter)} if adapter else {})
 
 
-def backend_of_endpoint(endpoint: Endpoint, tokenizer_path: Path | None, chat: bool) -> tuple[str, dict[str, Any]]:
+def backend_of_endpoint(endpoint: ServedModel, tokenizer_path: Path | None, chat: bool) -> tuple[str, dict[str, Any]]:
     """The harness's backend for a server, and its arguments."""
     arguments: dict[str, Any] = {
         "model": endpoint.model,
@@ -80,7 +79,7 @@ def harness_results(wanted: HarnessTasks, backend: str, arguments: Mapping[str, 
             task_manager=manager,
             apply_chat_template=wanted.chat,
         )
-    except (OSError, ConnectionError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:  # no data or server; no such option
         problem = " ".join(str(error).split())[:300]
         raise UserError(f"--lm_eval {','.join(wanted.tasks)}: {problem}") from error
     return results_of(content)

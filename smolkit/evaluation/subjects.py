@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids, encode_text, render
-from smolkit.checkpoints import build_model, load_config, require_checkpoint
+from smolkit.checkpoints import build_model, load_config, merge_adapter, require_checkpoint
 from smolkit.engine import generate_batch
 from smolkit.errors import UserError
 
@@ -173,14 +173,7 @@ def load_model(
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             raise UserError(f"{path}: the tokenizer has {len(tokenizer)} entries, more than the model has rows")
     if adapter is not None:
-        if not (adapter / "adapter_config.json").is_file():
-            raise UserError(f"{adapter}: not a PEFT adapter (no adapter_config.json); train_lora.py writes one")
-        from peft import PeftModel  # heavy, and only adapters need it
-
-        try:
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{adapter}: does not fit {path}: {' '.join(str(error).split())[:300]}") from error
+        model = merge_adapter(model, adapter)
     return model.to(device).eval()
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import eval_model
 from smolkit.errors import UserError
 from smolkit.evaluation import exam, likelihoods
-from smolkit.evaluation.endpoint import Endpoint, reply_text
+from smolkit.evaluation.endpoint import ServedModel, reply_text
 from smolkit.evaluation.subjects import LocalModel, Prompt
 from smolkit.serving import serving
 
@@ -32,13 +32,13 @@ def test_a_server_replies_what_the_checkpoint_replies(
     expected = LocalModel(model, tokenizer).replies(PROMPTS, 24)
     assert expected[-1].ended and not expected[-2].ended
     for known in (tokenizer, None):
-        replies = Endpoint(ours, "secret", tokenizer=known).replies(PROMPTS, 24)
+        replies = ServedModel(ours, "secret", tokenizer=known).replies(PROMPTS, 24)
         assert [(r.text, r.ended) for r in replies] == [(e.text, e.ended) for e in expected]
     assert all(reply.output_ids is None for reply in replies)
 
 
 def test_samples_follow_the_seed(ours: str) -> None:
-    endpoint = Endpoint(ours, "secret")
+    endpoint = ServedModel(ours, "secret")
     first, again, other = (endpoint.replies(PROMPTS[:1] * 3, 12, temperature=1.0, seed=seed) for seed in (5, 5, 6))
     assert first == again and first[1:] == other[:2]
     assert len({reply.text for reply in first}) > 1
@@ -47,7 +47,7 @@ def test_samples_follow_the_seed(ours: str) -> None:
 def test_a_server_scores_what_the_checkpoint_scores(
     plain: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    endpoint, local = Endpoint(plain, tokenizer=tokenizer, concurrency=2), LocalModel(model, tokenizer)
+    endpoint, local = ServedModel(plain, tokenizer=tokenizer, concurrency=2), LocalModel(model, tokenizer)
     texts = [("Ada", "a"), ("Ada", "bc"), ("世界。", "a"), ("世界。", "bc")]
     pairs = [{"prompt": [USER], "chosen": [answer(good)], "rejected": [answer(bad)]} for good, bad in texts]
     questions = [{"question": "The job of Ada is", "choices": ["baker.", "smith"], "answer": 0}] * 6
@@ -102,24 +102,24 @@ def test_the_script_gives_the_same_figures_for_server_checkpoint_and_transformer
 
 def test_no_server_a_wrong_key_and_a_wrong_model_are_named(ours: str, plain: str) -> None:
     with pytest.raises(UserError, match="no server answers at http://127.0.0.1:9/v1"):
-        Endpoint("http://127.0.0.1:9")
+        ServedModel("http://127.0.0.1:9")
     with pytest.raises(UserError, match="refused: .*API key"):
-        Endpoint(ours, "wrong")
+        ServedModel(ours, "wrong")
     with pytest.raises(UserError, match="--model gpt: .* serves toy"):
-        Endpoint(plain, model="gpt")
-    assert Endpoint(f"{plain}/v1/").url == f"{plain}/v1"
+        ServedModel(plain, model="gpt")
+    assert ServedModel(f"{plain}/v1/").url == f"{plain}/v1"
 
 
 def test_a_refused_request_is_named(ours: str) -> None:
     with pytest.raises(UserError, match="refused: .*context is 256 tokens"):
-        Endpoint(ours, "secret").replies([Prompt([{"role": "user", "content": "long " * 300}])], 4)
+        ServedModel(ours, "secret").replies([Prompt([{"role": "user", "content": "long " * 300}])], 4)
 
 
 def test_log_probabilities_need_a_tokenizer_and_a_context(plain: str, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="--tokenizer_path"):
-        likelihoods.text_results(Endpoint(plain), ["text"])
+        likelihoods.text_results(ServedModel(plain), ["text"])
     with pytest.raises(UserError, match="give --context"):
-        likelihoods.text_results(Endpoint(plain, tokenizer=tokenizer), ["text"])
+        likelihoods.text_results(ServedModel(plain, tokenizer=tokenizer), ["text"])
 
 
 def test_a_server_that_does_not_echo_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -135,7 +135,7 @@ def test_a_server_that_does_not_echo_is_named(tokenizer: PreTrainedTokenizerFast
         return {"id": "1", "object": "text_completion", "created": 0, "model": "mute", "choices": [choice]}
 
     with serving(app) as url, pytest.raises(UserError, match="does not echo prompts"):
-        Endpoint(url, tokenizer=tokenizer).log_probs([([1, 2, 3], [0, 1, 1])])
+        ServedModel(url, tokenizer=tokenizer).log_probs([([1, 2, 3], [0, 1, 1])])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def started(root: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Po
 class ScriptedEngine:
     """An engine that answers with given token ids, so that the text side can be tested with known answers."""
 
-    model_name, max_model_len = "scripted", 10_000
+    model_name, max_model_len, adapters = "scripted", 10_000, ()
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer

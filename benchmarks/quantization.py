@@ -1,8 +1,8 @@
 r"""Size, speed and perplexity of bf16, int8 and int4 in our engine.
 
-  python -m benchmarks.quantisation --model_path out/quickstart/pretrain \
+  python -m benchmarks.quantization --model_path out/quickstart/pretrain \
       --text out/quickstart/data/pretrain/validation/pretrain_data.jsonl
-  python -m benchmarks.quantisation --case 135m
+  python -m benchmarks.quantization --case 135m
 
 A checkpoint and text of yours, or a case's shape with random weights (--case), whose perplexity is taken on answers
 that the bf16 model samples itself: random weights know no other text. Directories are made as --quantization makes
@@ -94,7 +94,7 @@ def compare(directory: str, text: str | None, rounds: int, tokens: int, new: int
         for method in PRESETS:
             directories[method] = f"{made}/{method}"
             quantize(directory, directories[method], method)
-        call = partial(common.in_a_process, "benchmarks.quantisation:measure", rows=rows, new=new, streams=streams)
+        call = partial(common.in_a_process, "benchmarks.quantization:measure", rows=rows, new=new, streams=streams)
         jobs = {name: partial(call, directory=directories[name], method=name) for name in METHODS}
         results = common.take_turns(jobs, rounds, lambda row: "  ".join(f"{k} {v:,.2f}" for k, v in row.items()))
         table = {}
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             model = SmolForCausalLM(SmolConfig(**common.named_case(args.case).model))
             model.to(torch.bfloat16).save_pretrained(random)
         report = compare(args.model_path or random, args.text, args.rounds, **work)
-    return common.emit({"benchmark": "quantisation", "model": args.model_path or args.case, **report}, args.output)
+    return common.emit({"benchmark": "quantization", "model": args.model_path or args.case, **report}, args.output)
 
 
 if __name__ == "__main__":
