@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from smolkit.evaluation import exam, generation, likelihoods
-from smolkit.evaluation.endpoint import Endpoint
+from smolkit.evaluation.endpoint import ServedModel
 from smolkit.evaluation.results import Results
 from smolkit.evaluation.subjects import LocalModel, Subject, load_model
 
@@ -38,7 +38,7 @@ PAIRS = [
 ]
 
 
-def agree(server: Endpoint, local: Sequence[LocalModel], measured: Callable[[Subject], Results]) -> Results:
+def agree(server: ServedModel, local: Sequence[LocalModel], measured: Callable[[Subject], Results]) -> Results:
     """Every figure of the server, and of every yes-or-no item, is that of the checkpoint; the server's figures."""
     found = measured(server)
     for subject in local:
@@ -58,7 +58,7 @@ def both(checkpoint: Path, tokenizer: PreTrainedTokenizerFast) -> list[LocalMode
 
 
 def test_replies_are_judged_alike(url: str, checkpoint: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    server, local = Endpoint(url, tokenizer=tokenizer), both(checkpoint, tokenizer)
+    server, local = ServedModel(url, tokenizer=tokenizer), both(checkpoint, tokenizer)
     answers = exam.take_exam(ITEMS, server, 20)
     assert len({answer.text for answer in answers}) > 6, "a random model should not say the same everywhere"
     for subject in local:
@@ -71,7 +71,7 @@ def test_replies_are_judged_alike(url: str, checkpoint: Path, tokenizer: PreTrai
 
 def test_prompts_are_scored_alike(moe_url: str, moe: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """On a model without padded vocabulary rows: a server may leave those out of the softmax."""
-    server, local = Endpoint(moe_url, tokenizer=tokenizer), both(moe, tokenizer)
+    server, local = ServedModel(moe_url, tokenizer=tokenizer), both(moe, tokenizer)
     agree(server, local, lambda subject: likelihoods.choice_results("choices", CHOICES, subject))
     agree(server, local, lambda subject: likelihoods.choice_results("choices", CHOICES, subject, chat=True))
     agree(server, local, lambda subject: likelihoods.preference_results(subject, PAIRS))
