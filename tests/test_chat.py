@@ -471,7 +471,7 @@ def test_specials_stay_text_in_training_and_serving(trained: PreTrainedTokenizer
         return [i for i in ids if i in trained.added_tokens_decoder]
 
     def served(message: dict) -> list[int]:
-        answers = Answers(SimpleNamespace(max_model_len=500), trained, "m", None, None)
+        answers = Answers(SimpleNamespace(max_model_len=500, adapters={}), trained, "m")
         return answers.chat_job(ChatRequest(messages=[message])).requests[0].prompt_ids
 
     def learned(turns: list[dict]) -> list[int]:
@@ -487,7 +487,7 @@ def test_specials_stay_text_in_training_and_serving(trained: PreTrainedTokenizer
     assert control(served(user)) == control(served(harmless[0]))
     assert control(learned([user, reply])) == control(learned(harmless))
     assert control(preferred([user, reply])) == control(preferred(harmless))
-    answers = Answers(SimpleNamespace(max_model_len=500), trained, "m", None, None)
+    answers = Answers(SimpleNamespace(max_model_len=500, adapters={}), trained, "m")
     completion = answers.completion_job(CompletionRequest(prompt=f"a {word}")).requests[0].prompt_ids
     assert control(completion) == [] and trained.decode(completion) == f"a {word}"
 
