@@ -354,6 +354,10 @@ class DpoArguments(StageArguments, AdapterArguments):
     rpo_alpha: float = option(
         0.0, "Weight of an added likelihood term on the chosen answers (RPO); TRL's loss_type 'sft'."
     )
+    packing: bool = option(
+        False, "Put the answers of a batch into shared rows, where none sees another, instead of padding them all to "
+        "the longest: the same loss, less work.",
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -388,6 +392,8 @@ class _CommonBehaviour:
             self.use_cpu = True
         if isinstance(self, SFTConfig):
             self.dataset_kwargs = {"skip_prepare_dataset": True}  # rows arrive rendered, packed and shuffled
+        if getattr(self, "padding_free", False):
+            raise UserError("--padding_free is --packing here: rows of several answers or conversations")
         if self.fp16 and self.use_cpu:
             raise UserError("--fp16 needs a GPU; on a CPU leave it out or use --weights_dtype bf16")
         for name in (
