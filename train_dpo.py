@@ -32,8 +32,9 @@ from smolkit.adapters import (
     lora_config,
     merged_directory,
 )
-from smolkit.arguments import DpoArguments, DpoTrainingArguments, parse, refuse_spread_adapters
+from smolkit.arguments import DpoArguments, refuse_spread_adapters
 from smolkit.checkpoints import build_model, describe_model, load_config, resolve_model, row_length
+from smolkit.command_line import DpoTrainingArguments, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
