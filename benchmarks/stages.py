@@ -1,17 +1,23 @@
-"""The training scripts themselves: does the speed of the bare step arrive in them, and how far ahead of TRL are they?
+"""The training scripts themselves: does the speed of the bare step arrive in them, are they ahead of TRL, and do they
+learn the same?
 
   python -m benchmarks.stages --rounds 2 --stages pretrain sft dpo
+  python -m benchmarks.stages --samples ../shared/samples --steps 80       on slices of public datasets
 
-On the built-in tiny world, for each stage, each in its own process and taking turns:
+On the built-in tiny world, or with --samples DIR on IndustryCorpus2 (English and Chinese), Infinity-Instruct and
+Infinity-Preference as they lie on the hub; for each stage, each in its own process and taking turns:
 
   script        train_pretrain.py, train_full_sft.py or train_dpo.py: the median tokens_per_second of its timing.jsonl
   bare          the same batches through forward, backward, clip and update, and nothing else. For DPO the loss is the
                 plain likelihood of all answers: the least that a step on these pairs has to do
-  peer          transformers' model of the same shape under transformers' Trainer, TRL's SFTTrainer or DPOTrainer, on
-                the same batches: fp32 weights, --bf16 (autocast), fused AdamW
+  peer          transformers' model of the same shape under transformers' Trainer, TRL's SFTTrainer or DPOTrainer, with
+                the script's arguments on the same rows in the same order: fp32 weights, --bf16 (autocast), fused AdamW
 
 Tokens are those of the input, padding included; DPO with reference log-probabilities computed beforehand on both
-sides, not counted. The first steps are not counted either. A script must stay within 10 % of the bare step.
+sides, not counted. The first steps are not counted either. A script must stay within 10 % of the bare step. `loss` has
+the means of five steps of the script and of the peer, and by how much they differ at most and on average: rounding of
+bf16 weights against autocast, nothing else. --fp32 computes in float32 on both sides, where only the order of sums is
+left.
 """
 
 import json
@@ -30,16 +36,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from benchmarks import common
 from benchmarks.train_step import LEARNING_RATE, MAX_NORM, SEED
+from smolkit.arguments import DpoArguments, NewModelArguments, PretrainArguments, SftArguments
 from smolkit.checkpoints import build_model, document_end_id, load_config
+from smolkit.command_line import DpoTrainingArguments, PretrainTrainingArguments, SftTrainingArguments, parse
 from smolkit.errors import run
 from smolkit.optimizer import MasterAdamW
-from smolkit.packing import IGNORE, PackedCollator, pack_conversations, pack_texts, preference_pairs
+from smolkit.packing import IGNORE, PackedCollator, SeededOrder, pack_conversations, pack_texts, preference_pairs
 from smolkit.runtime import prepare
 from smolkit.shards import tokenized
 
@@ -49,6 +57,13 @@ STAGES = {
     "sft": (2, 512, "train_full_sft.py", "--base_model"),
     "dpo": (8, 512, "train_dpo.py", "--model_path"),
 }
+# What a stage takes: its own arguments, the library's, and the dataset of --samples.
+ARGUMENTS = {
+    "pretrain": (PretrainArguments, NewModelArguments, PretrainTrainingArguments),
+    "sft": (SftArguments, NewModelArguments, SftTrainingArguments),
+    "dpo": (DpoArguments, DpoTrainingArguments),
+}
+DATASETS = {"pretrain": "BAAI/IndustryCorpus2", "sft": "BAAI/Infinity-Instruct", "dpo": "BAAI/Infinity-Preference"}
 WINDOW = 5  # steps between two lines of timing.jsonl
 WARMUP = 5  # steps that are not counted
 SCRIPT_SHARE = 0.9
@@ -64,24 +79,31 @@ def script(*arguments: object) -> None:
         raise RuntimeError(f"{' '.join(command[1:])} exited with {done.returncode}\n{done.stderr[-4000:]}")
 
 
-def prepare_world(home: Path, model_size: str, vocab_size: int) -> None:
-    """The tiny world's data, a tokenizer, and a checkpoint that has seen one step, in `home`."""
+def prepare_home(home: Path, model_size: str, vocab_size: int, samples: str | None) -> None:
+    """Data, a tokenizer, and a checkpoint that has seen one step, in `home`."""
     data = home / "data"
-    texts = [data / "pretrain" / "pretrain_data.jsonl", data / "sft" / "sft_data.jsonl"]
-    script("prepare_datasets.py", "--source", "tiny", "--output_dir", data)
-    tokenizer = ["--mode", "train", "--vocab_size", vocab_size, "--data_path", *texts]
-    script("train_tokenizer.py", *tokenizer, "--save_dir", home / "tokenizer")
-    train(home, "pretrain", steps=1, output="checkpoint", start=["--model_size", model_size])
+    if samples is None:
+        script("prepare_datasets.py", "--source", "tiny", "--output_dir", data)
+    for stage, dataset in DATASETS.items() if samples else ():
+        source = ["--source", "local", "--path", samples, f"--{stage}", "--datasets", dataset]
+        script("prepare_datasets.py", *source, "--output_dir", data)
+    tokenizer = ["--mode", "train", "--vocab_size", vocab_size]
+    texts = ["--data_path", data_file(home, "pretrain"), data_file(home, "sft")]
+    script("train_tokenizer.py", *tokenizer, *texts, "--save_dir", home / "tokenizer")
+    start = ["--model_size", model_size]
+    script("train_pretrain.py", *settings(home, "pretrain", 1, False), *start, "--output_dir", home / "checkpoint")
 
 
-def train(home: Path, stage: str, steps: int, output: str, start: Sequence[object]) -> None:
-    """Run a stage's script for some steps."""
-    rows, length, name, _ = STAGES[stage]
+def settings(home: Path, stage: str, steps: int, fp32: bool) -> list[str]:
+    """Arguments of a stage's script, but for the model to start from and the place of the result."""
+    rows, length, *_ = STAGES[stage]
     limit = "--block_size" if stage == "pretrain" else "--max_length"
-    settings = ["--per_device_train_batch_size", rows, limit, length, "--max_steps", steps, "--learning_rate", 1e-4]
-    places = ["--data_path", data_file(home, stage), "--tokenizer_path", home / "tokenizer"]
-    logging = ["--logging_steps", WINDOW, "--save_strategy", "no", "--resume", "never", "--disable_tqdm", "true"]
-    script(name, *start, *settings, *places, *logging, "--output_dir", home / output)
+    words = ["--per_device_train_batch_size", rows, limit, length, "--max_steps", steps]
+    words += ["--learning_rate", LEARNING_RATE, "--max_grad_norm", MAX_NORM, "--seed", SEED]
+    words += ["--weights_dtype", "fp32" if fp32 else "auto"]
+    words += ["--data_path", data_file(home, stage), "--tokenizer_path", home / "tokenizer"]
+    words += ["--logging_steps", WINDOW, "--save_strategy", "no", "--resume", "never", "--disable_tqdm", "true"]
+    return [*map(str, words)]
 
 
 def data_file(home: Path, stage: str) -> Path:
@@ -107,13 +129,17 @@ def stage_rows(home: Path, stage: str, tokenizer: Any) -> tuple[Dataset, Callabl
 # --- the three sides ----------------------------------------------------------------------------------------
 
 
-def measure_script(home: str, stage: str, steps: int) -> dict[str, Any]:
+def measure_script(home: str, stage: str, steps: int, fp32: bool) -> dict[str, Any]:
     """The script's own figures."""
-    flag = STAGES[stage][-1]
-    train(Path(home), stage, WARMUP + steps, f"{stage}-run", [flag, Path(home, "checkpoint")])
-    timing = [json.loads(line) for line in Path(home, f"{stage}-run", "timing.jsonl").read_text().splitlines()]
+    name, flag = STAGES[stage][2:]
+    start, output = [flag, Path(home, "checkpoint")], Path(home, f"{stage}-run")
+    script(name, *settings(Path(home), stage, WARMUP + steps, fp32), *start, "--output_dir", output)
+    timing, metrics = (
+        [json.loads(line) for line in (output / f"{kind}.jsonl").read_text().splitlines()]
+        for kind in ("timing", "metrics")
+    )
     speeds = [row["tokens_per_second"] for row in timing if "tokens_per_second" in row and row["step"] > WARMUP]
-    return {"tokens_per_second": statistics.median(speeds)}
+    return {"tokens_per_second": statistics.median(speeds), "loss": [row["loss"] for row in metrics if "loss" in row]}
 
 
 def batches(rows: Dataset, collate: Callable, size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -123,14 +149,14 @@ def batches(rows: Dataset, collate: Callable, size: int) -> Iterator[dict[str, t
     return chain.from_iterable(repeat(loader))
 
 
-def measure_bare(home: str, stage: str, steps: int) -> dict[str, Any]:
+def measure_bare(home: str, stage: str, steps: int, fp32: bool) -> dict[str, Any]:
     """Forward, backward, clip and update on the stage's batches."""
     prepare(SEED)
     size, length, *_ = STAGES[stage]
     checkpoint, tokenizer_path = Path(home, "checkpoint"), Path(home, "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     config = load_config(checkpoint, tokenizer, tokenizer_path)
-    model = build_model(config, checkpoint, torch.bfloat16).train()
+    model = build_model(config, checkpoint, torch.float32 if fp32 else torch.bfloat16).train()
     optimizer = MasterAdamW(model.parameters(), lr=LEARNING_RATE)
     tokens, starts = [], []
     for batch in islice(batches(*stage_rows(Path(home), stage, tokenizer), size), WARMUP + steps + 1):
@@ -152,7 +178,10 @@ def pace(tokens: Sequence[int], starts: Sequence[float]) -> float:
 
 
 class Clocked:
-    """Put before a trainer: notes when each step began and how many tokens it had."""
+    """Put before a trainer: rows in the scripts' order; notes when each step began and how many tokens it had."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SeededOrder:
+        return SeededOrder(len(self.train_dataset), SEED)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         self.starts.append(time.perf_counter())
@@ -175,52 +204,43 @@ class ClockedDpoTrainer(Clocked, DPOTrainer):
         return dataset
 
 
-def measure_peer(home: str, stage: str, steps: int) -> dict[str, Any]:
-    """transformers' or TRL's trainer with transformers' model, untouched."""
-    size, length, *_ = STAGES[stage]
+def measure_peer(home: str, stage: str, steps: int, fp32: bool) -> dict[str, Any]:
+    """transformers' or TRL's trainer with transformers' model, untouched, and the arguments of the script."""
+    start = [STAGES[stage][-1], str(Path(home, "checkpoint")), "--output_dir", str(Path(home, f"{stage}-peer"))]
+    *_, args = parse(ARGUMENTS[stage], [*settings(Path(home), stage, WARMUP + steps, fp32), *start], "")
+    args.bf16, args.max_length = not fp32, STAGES[stage][1]
     tokenizer = AutoTokenizer.from_pretrained(Path(home, "tokenizer"))
     rows, collate = stage_rows(Path(home), stage, tokenizer)
-    trainer_class, arguments_class, more = {
-        "pretrain": (ClockedTrainer, TrainingArguments, {}),
-        "sft": (ClockedSftTrainer, SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}}),
-        "dpo": (ClockedDpoTrainer, DPOConfig, {"precompute_ref_log_probs": True}),
-    }[stage]
-    arguments = arguments_class(
-        output_dir=str(Path(home, f"{stage}-peer")),
-        max_steps=WARMUP + steps + 1,
-        per_device_train_batch_size=size,
-        learning_rate=LEARNING_RATE,
-        max_grad_norm=MAX_NORM,
-        gradient_checkpointing=False,
-        remove_unused_columns=False,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=WINDOW,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=SEED,
-        **({} if stage == "pretrain" else {"max_length": length}),
-        **more,
-    )
+    if stage == "sft":
+        args.packing = False  # the rows are packed already
+    trainer_class = {"pretrain": ClockedTrainer, "sft": ClockedSftTrainer, "dpo": ClockedDpoTrainer}[stage]
     model = AutoModelForCausalLM.from_pretrained(Path(home, "checkpoint"), dtype=torch.float32)
     trainer = trainer_class(
-        model=model, args=arguments, train_dataset=rows, data_collator=collate, processing_class=tokenizer
+        model=model, args=args, train_dataset=rows, data_collator=collate, processing_class=tokenizer
     )
     trainer.starts, trainer.tokens = [], []
     trainer._send_telemetry = lambda: None
     trainer.train()
-    return {"tokens_per_second": pace(trainer.tokens, trainer.starts)}
+    trainer.starts.append(time.perf_counter())
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {"tokens_per_second": pace(trainer.tokens, trainer.starts), "loss": losses}
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Both curves and how far they are apart."""
+    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    curves = {"script": [round(loss, 4) for loss in ours], "peer": [round(loss, 4) for loss in theirs]}
+    return {**curves, "largest_difference": max(apart), "mean_difference": statistics.mean(apart)}
 
 
 # --- report -------------------------------------------------------------------------------------------------
 
 
-def compare(home: Path, stages: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
+def compare(home: Path, stages: Sequence[str], rounds: int, steps: int, fp32: bool) -> dict[str, Any]:
     """Measure the sides of every stage in turn and put the report together."""
     report = {}
     for stage in stages:
-        work = {"home": str(home), "stage": stage, "steps": steps}
+        work = {"home": str(home), "stage": stage, "steps": steps, "fp32": fp32}
         sides = ("script", "bare", "peer")
         jobs = {
             f"{stage} {side}": partial(common.in_a_process, f"benchmarks.stages:measure_{side}", **work)
@@ -234,6 +254,7 @@ def compare(home: Path, stages: Sequence[str], rounds: int, steps: int) -> dict[
             "tokens_per_second": {side: [round(speed, 1) for speed in values] for side, values in speeds.items()},
             "script_over_bare": ratios["bare"],
             "script_over_peer": ratios["peer"],
+            "loss": difference(*(results[f"{stage} {side}"][0]["loss"] for side in ("script", "peer"))),
             "target": target.judge(ratios["bare"]["median"]),
         }
     return report
@@ -245,12 +266,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--model_size", default="tiny", help="preset to train (default tiny)")
     options.add_argument("--vocab_size", type=int, default=2000, help="of the tokenizer (default 2000)")
     options.add_argument("--steps", type=int, default=40, help="counted steps of a run (default 40)")
+    options.add_argument("--samples", help="directory with slices of the public datasets; default: the tiny world")
+    options.add_argument("--fp32", action="store_true", help="float32 on all sides, to compare the losses")
     args = options.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        prepare_world(home, args.model_size, args.vocab_size)
-        stages = compare(home, args.stages, args.rounds, args.steps)
+        prepare_home(home, args.model_size, args.vocab_size, args.samples)
+        stages = compare(home, args.stages, args.rounds, args.steps, args.fp32)
     report = {"benchmark": "stages", **common.environment(), "model_size": args.model_size, "stages": stages}
     return common.emit(report, args.output)
 

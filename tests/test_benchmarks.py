@@ -209,9 +209,10 @@ def test_an_unknown_name_is_refused_before_any_work(argv, message) -> None:
 def test_the_stages_report_compares_scripts_with_the_bare_step_and_with_trl(capsys) -> None:
     from benchmarks import stages
 
-    stages.main(["--rounds", "1", "--steps", "5"])
+    stages.main(["--rounds", "1", "--steps", "5", "--fp32"])
     report = json.loads(capsys.readouterr().out)["stages"]
     assert set(report) == {"pretrain", "sft", "dpo"}
     for stage in report.values():
         assert set(stage["tokens_per_second"]) == {"script", "bare", "peer"}
         assert stage["target"]["measured"] == pytest.approx(stage["script_over_bare"]["median"])
+        assert len(stage["loss"]["script"]) == 2 and stage["loss"]["largest_difference"] < 1e-4
