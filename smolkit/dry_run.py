@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from smol_model import PRESETS, SmolConfig, count_parameters, preset_config
 from smolkit import planner
-from smolkit.arguments import NewModelArguments, StageArguments
+from smolkit.arguments import AdapterArguments, NewModelArguments, PretrainArguments, StageArguments
 from smolkit.checkpoints import load_tokenizer, row_length
 from smolkit.doctor import (
     PRETRAIN_SUFFIXES,
@@ -142,9 +142,12 @@ def find_config(
 ) -> SmolConfig | None:
     """The configuration of the checkpoint or of the new model; of --plan_model where the checkpoint is missing."""
     start = _start(stage)
+    overrides = new.overrides() if new is not None else {}
     if start and (Path(start) / "config.json").is_file():
         found = SmolConfig.from_pretrained(start)
-        return upcycled_config(found, stage, new.overrides()) if getattr(stage, "upcycle_from", None) else found
+        if isinstance(stage, PretrainArguments) and stage.upcycle_from:
+            return upcycled_config(found, stage, overrides)
+        return found
     if start:
         missing.append(f"model: {start} is not there (yet)")
     size = (new.model_size if new is not None else None) or stage.plan_model
@@ -153,7 +156,6 @@ def find_config(
         return None
     if Path(size, "config.json").is_file():
         return SmolConfig.from_pretrained(size)
-    overrides = new.overrides() if new is not None else {}
     rows = (new.vocab_size if new is not None else None) or (len(tokenizer) if tokenizer is not None else None)
     if rows is not None and "vocab_size" not in overrides:
         multiple = new.pad_vocab_to_multiple_of if new is not None else 1
@@ -168,6 +170,7 @@ def find_config(
 
 def find_data(kind: str, stage: StageArguments, tokenizer: Any, missing: list[str]) -> dict[str, Any]:
     """Rows and tokens of the training data: given by flags, else estimated from a sample of every file."""
+    assert stage.data_path, "validated"
     given = {"rows": _whole(stage.data_rows), "tokens": _whole(stage.data_tokens)}
     try:
         files = expand_paths(stage.data_path, PRETRAIN_SUFFIXES if kind == "pretrain" else RECORD_SUFFIXES)
@@ -261,6 +264,7 @@ def make_work(
     devices = stage.num_devices or max(args.world_size, torch.cuda.device_count() if args.world_size == 1 else 1)
     on_gpu = has_accelerator() or stage.device_memory is not None
     lora = kind == "lora" or getattr(stage, "use_lora", False)
+    adapter = stage if lora and isinstance(stage, AdapterArguments) else None
     aside = kind == "dpo" and not lora and not args.precompute_ref_log_probs
     try:
         return Work(
@@ -272,9 +276,9 @@ def make_work(
             device="cuda" if on_gpu else "cpu",
             gradient_checkpointing=args.gradient_checkpointing,
             expert_parallel_size=stage.expert_parallel_size,
-            trained=planner.lora_parameters(config, stage.lora_r, stage.lora_target) if lora else None,
+            trained=planner.lora_parameters(config, adapter.lora_r, adapter.lora_target) if adapter else None,
             reference=aside,
-            base_bits=4 if lora and stage.qlora else None,
+            base_bits=4 if adapter and adapter.qlora else None,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -335,7 +339,8 @@ def find_time(
     kind: str, stage: StageArguments, args: TrainingArguments, work: Work, steps: dict[str, Any]
 ) -> dict[str, Any]:
     """Seconds of the whole run, and where the speed comes from: given, measured here before, or from FLOP/s."""
-    speed, source = amount(stage.tokens_per_second), "--tokens_per_second"
+    speed = amount(stage.tokens_per_second)
+    source: str | None = "--tokens_per_second"
     flops = amount(stage.device_flops)
     if speed is None and flops is None and (speed := measured_speed(Path(args.output_dir))):
         source = "timing.jsonl of the output directory"

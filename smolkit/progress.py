@@ -142,6 +142,7 @@ class Progress(TrainerCallback):
         """Speed of a window of `seconds` on all processes together; memory of this one."""
         steps = state.global_step - self.last_step
         flops = state.total_flos - self.flops
+        assert self.peak is not None, "known since the run began"
         return {
             "tokens_per_second": round(tokens / seconds, 1),
             "mfu": round(flops / seconds / (self.peak.flops * self.processes), 4),

@@ -88,7 +88,7 @@ class Job:
             for name in (*RUN_FILES, *REPORT_FILES, WANDB_RUN):
                 if start is None or branched:
                     (directory / name).unlink(missing_ok=True)
-                if branched and name in RUN_FILES and (start.parent / name).is_file():
+                if start is not None and branched and name in RUN_FILES and (start.parent / name).is_file():
                     shutil.copyfile(start.parent / name, directory / name)  # training cuts it back to the checkpoint
             write_json(directory / SETTINGS_FILE, self.settings)
             if "wandb" in self.args.report_to and self.args.process_index == 0:
@@ -122,6 +122,7 @@ def open_job(
     check_disk_offload(args)
     if args.deepspeed_plugin and torch.distributed.is_initialized():
         join_deepspeed()
+    assert stage.data_path, "validated"
     files = token_store(stage.data_path) or expand_paths(stage.data_path, suffixes)
     eval_files: list[Path] = []
     if stage.max_eval_rows:
