@@ -6,8 +6,9 @@ Rows are {"prompt", "chosen", "rejected"}: strings or lists of messages. The mod
 to train and the reference it is compared with; before step 1 both must give every answer the same
 log-probability. With --use_lora an adapter is trained and the reference is the model without it. The reference's
 log-probabilities are computed once and kept for later runs. Pairs whose sides are equal are refused. Every loss
-of TRL is available (--loss_type), and --rpo_alpha adds the likelihood of the chosen answers. Runs under python,
-torchrun, accelerate launch and deepspeed. Running the same command again continues an interrupted run.
+of TRL is available (--loss_type), --rpo_alpha adds the likelihood of the chosen answers, and --packing leaves the
+padding out. Runs under python, torchrun, accelerate launch and deepspeed. Running the same command again continues
+an interrupted run.
 """
 
 from collections.abc import Sequence
@@ -31,8 +32,9 @@ from smolkit.adapters import (
     lora_config,
     merged_directory,
 )
-from smolkit.arguments import DpoArguments, DpoTrainingArguments, parse, refuse_spread_adapters
+from smolkit.arguments import DpoArguments, refuse_spread_adapters
 from smolkit.checkpoints import build_model, describe_model, load_config, resolve_model, row_length
+from smolkit.command_line import DpoTrainingArguments, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
@@ -157,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress=progress,
         peft_config=peft_config,
         keep_reference=lambda rows: reference_file(cache, content_hash(sources, rows, **settings)),
+        packing=stage.packing,
     )
     trainer.add_callback(ReferenceCheck(trainer, torch.bfloat16 if args.bf16 else job.dtype))
     job.begin()

@@ -14,13 +14,14 @@ from functools import partial
 
 from trl import SFTTrainer
 
-from smolkit.arguments import NewModelArguments, SftArguments, SftTrainingArguments, parse
+from smolkit.arguments import NewModelArguments, SftArguments
 from smolkit.checkpoints import (
     build_model,
     describe_model,
     resolve_model,
     row_length,
 )
+from smolkit.command_line import SftTrainingArguments, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import run

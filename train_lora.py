@@ -13,12 +13,13 @@ from functools import partial
 from trl import SFTTrainer
 
 from smolkit.adapters import Merge, build_base, check_quantised, finish_adapter, lora_config, merged_directory
-from smolkit.arguments import LoraArguments, LoraTrainingArguments, parse
+from smolkit.arguments import LoraArguments
 from smolkit.checkpoints import (
     describe_model,
     resolve_model,
     row_length,
 )
+from smolkit.command_line import LoraTrainingArguments, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run

@@ -16,7 +16,7 @@ from functools import partial
 
 from transformers import Trainer
 
-from smolkit.arguments import NewModelArguments, PretrainArguments, PretrainTrainingArguments, parse
+from smolkit.arguments import NewModelArguments, PretrainArguments
 from smolkit.checkpoints import (
     build_model,
     describe_model,
@@ -24,6 +24,7 @@ from smolkit.checkpoints import (
     resolve_model,
     row_length,
 )
+from smolkit.command_line import PretrainTrainingArguments, parse
 from smolkit.doctor import PRETRAIN_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import run

@@ -74,7 +74,7 @@ class ResetPeak(TrainerCallback):
 
 def worker(model: str, strategy: str, output: str) -> None:
     """One rank: a few steps, then its peak above the base into a file."""
-    from smolkit.arguments import PretrainTrainingArguments
+    from smolkit.command_line import PretrainTrainingArguments
     from smolkit.packing import PackedCollator
     from smolkit.runs import join_deepspeed
     from train_pretrain import PretrainTrainer

@@ -10,7 +10,8 @@ memory    peak resident memory of tokenising 1, 4 and 16 copies of the text.
 fill      share of the row tokens that hold data, and how many documents were split, for every corpus and both
           strategies.
 step      real tokens per second of a training step of a tiny model: one conversation per row padded to the longest of
-          the batch, against packed rows of about as many tokens; and pairs in random and in length-grouped batches.
+          the batch, against packed rows of about as many tokens; and eight pairs in random and in length-grouped
+          batches, padded and with their sides in shared rows.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from trl.trainer.utils import add_fused_lm_head
 
 import prepare_datasets
 import train_tokenizer
@@ -53,6 +55,7 @@ from smolkit.packing import (
     pair_lengths,
     preferences,
 )
+from smolkit.pairs import unpadded
 from smolkit.runtime import compute_dtype, prepare
 from smolkit.shards import tokenized
 
@@ -225,15 +228,25 @@ class Model:
         prepare(0)
         dtype = compute_dtype("auto")
         self.model = build_model(preset_config("tiny", vocab_size=vocab_size), None, dtype).train()
+        add_fused_lm_head(self.model)  # TRL's, for pairs
         plain = partial(torch.optim.AdamW, fused=True)
         self.optimizer = (plain if dtype == torch.float32 else MasterAdamW)(self.model.parameters(), lr=1e-3)
 
-    def time(self, batches: Iterable[tuple[dict[str, torch.Tensor], int]]) -> dict[str, Any]:
-        """(batch, real tokens) pairs → tokens per second and the share of tokens that are real."""
+    def loss(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.model(**batch, use_cache=False).loss
+
+    def padded_loss(self, **batch: torch.Tensor) -> torch.Tensor:
+        return -self.model(**batch, use_cache=False, fused_lm_head=True).log_probs.mean()
+
+    def packed_loss(self, **batch: torch.Tensor) -> torch.Tensor:
+        return -unpadded(self.model)(**batch, use_cache=False, fused_lm_head=True).log_probs.mean()
+
+    def time(self, batches: Iterable[tuple[dict[str, torch.Tensor], int]], loss: Callable) -> dict[str, Any]:
+        """(batch, real tokens) pairs → tokens per second and the share of tokens that are real in a batch."""
         seconds, real, computed = 0.0, 0, 0
         for number, (batch, tokens) in enumerate(batches):
             started = time.perf_counter()
-            self.model(**batch, use_cache=False).loss.backward()
+            loss(**batch).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             if number:  # the first step allocates
@@ -275,23 +288,29 @@ def measure_steps(samples: Path, work: Path, rounds: int) -> dict[str, Any]:
     padded_size = round(1024 / mean)
     packed, padded = (pack_rows(store, 512, 0, pack) for pack in (True, False))
     lengths = pair_lengths(pairs)
-    sides: dict[str, Callable[[], Iterable]] = {
-        f"gsm8k padded, {padded_size} conversations": lambda: row_batches(padded, padded_size, 25),
-        "gsm8k packed, 2 rows of 512": lambda: row_batches(packed, 2, 25),
-        "pairs random, 2 pairs": lambda: pair_batches(pairs, SeededOrder(len(pairs), 0), 2),
-        "pairs grouped by length, 2 pairs": lambda: pair_batches(pairs, LengthGroupedOrder(lengths, 0, 2), 2),
+    model = Model(len(tokenizer))
+    at_random = partial(pair_batches, pairs, SeededOrder(len(pairs), 0), 8)
+    grouped = partial(pair_batches, pairs, LengthGroupedOrder(lengths, 0, 8), 8)
+    sides: dict[str, tuple[Callable[[], Iterable], Callable]] = {
+        f"gsm8k padded, {padded_size} conversations": (lambda: row_batches(padded, padded_size, 25), model.loss),
+        "gsm8k packed, 2 rows of 512": (lambda: row_batches(packed, 2, 25), model.loss),
+        "pairs at random": (at_random, model.padded_loss),
+        "pairs at random, packed": (at_random, model.packed_loss),
+        "pairs grouped by length": (grouped, model.padded_loss),
+        "pairs grouped by length, packed": (grouped, model.packed_loss),
     }
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    model = Model(len(tokenizer))
     for _ in range(rounds):
-        for name, batches in sides.items():
-            results[name].append(model.time(batches()))
+        for name, (batches, loss) in sides.items():
+            results[name].append(model.time(batches(), loss))
             say(f"step: {name}: {results[name][-1]}")
     speed = {name: [each["real_tokens_per_second"] for each in values] for name, values in results.items()}
-    padded_name, packed_name, random_name, grouped_name = sides
+    padded_name, packed_name, random_name, random_packed, grouped_name, grouped_packed = sides
     ratio = {
         "packed / padded": (packed_name, padded_name),
-        "grouped / random": (grouped_name, random_name),
+        "pairs, packed / padded": (random_packed, random_name),
+        "pairs, grouped / random": (grouped_name, random_name),
+        "pairs, grouped and packed / grouped": (grouped_packed, grouped_name),
     }
     return {
         "mean_conversation": round(mean, 1),

@@ -3,6 +3,8 @@
 A step's loss is the mean over its pairs, wherever they are computed. Where an epoch ends in the middle of a batch,
 processes have different numbers of pairs, some none; each loss is weighted by its share of the step's pairs. (The
 library would train the first pairs of the epoch a second time, and give micro-batches equal weight whatever they hold.)
+
+With `unpadded` the sides of a batch are computed in shared rows instead of being padded to the longest.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
-from smolkit.packing import LengthGroupedOrder, SeededOrder, pair_lengths
+from smolkit.packing import IGNORE, LengthGroupedOrder, SeededOrder, best_fit, pair_lengths
+
+# What TRL's head gives for every token, where it is asked for it.
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 @dataclass
@@ -86,3 +93,49 @@ class PairLossMixin:
             yield
         finally:
             del self.accelerator.gather
+
+
+def unpadded(model: torch.nn.Module) -> Callable[..., Any]:
+    """`model` with TRL's fused head, for padded batches, without computing the padding.
+
+    The sides (B, T) of a batch are laid next to each other, best fit, into rows as long as the longest of them.
+    Positions that restart keep them apart; what the head gives for each token is handed back in the padded shape, so
+    that every loss of TRL and every engine around the model stays as it is.
+    """
+
+    def forward(
+        input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any
+    ) -> Any:
+        real, length = attention_mask.bool(), attention_mask.shape[1]
+        lengths = attention_mask.sum(1).tolist()
+        rows = best_fit(lengths, length)
+        if labels is None or len(rows) == len(lengths):
+            return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **options)
+        starts = [0] * len(lengths)
+        for row, members in enumerate(rows):
+            start = row * length
+            for side in members:
+                starts[side], start = start, start + lengths[side]
+        positions = attention_mask.cumsum(1) - 1  # (B, T)
+        place = (torch.tensor(starts, device=positions.device)[:, None] + positions)[real]  # (tokens,) in R · T
+
+        def lay(values: Tensor, blank: int) -> Tensor:  # (B, T) -> (R, T)
+            laid = values.new_full((len(rows) * length,), blank)
+            laid[place] = values[real]
+            return laid.view(len(rows), length)
+
+        outputs = model(
+            input_ids=lay(input_ids, 0),
+            attention_mask=lay(attention_mask, 0),
+            position_ids=lay(positions, 0),
+            labels=lay(labels.masked_fill(positions == 0, IGNORE), IGNORE),  # no side ends in the next
+            **options,
+        )
+        for name in PER_TOKEN:
+            if (values := getattr(outputs, name)) is not None:  # (R, T - 1), of the token after
+                padded = values.new_zeros(real.shape)
+                padded[real] = F.pad(values, (1, 0)).flatten()[place]
+                setattr(outputs, name, padded[:, 1:])  # (B, T - 1)
+        return outputs
+
+    return forward

@@ -14,7 +14,7 @@ from trl.models import prepare_deepspeed
 
 from smolkit.errors import UserError
 from smolkit.expert_trainer import ExpertParallelMixin
-from smolkit.pairs import PairCollator, PairLossMixin
+from smolkit.pairs import PairCollator, PairLossMixin, unpadded
 from smolkit.preferences import load_reference, save_reference
 from smolkit.training import TrainerMixin
 
@@ -28,10 +28,12 @@ class PreferenceTrainer(ExpertParallelMixin, TrainerMixin, PairLossMixin, DPOTra
     """TRL's trainer on pairs that are rendered already.
 
     `keep_reference`: (Dataset) -> file where the reference's log-probabilities of these pairs are kept.
+    `packing`: the sides of a batch share rows instead of being padded. (TRL 1.16 has switched its own way off. A
+    reference that is computed at every step, by TRL, is still padded.)
     """
 
-    def __init__(self, *args: Any, keep_reference: Callable[[Dataset], Path], **kwargs: Any):
-        self.keep_reference = keep_reference
+    def __init__(self, *args: Any, keep_reference: Callable[[Dataset], Path], packing: bool = False, **kwargs: Any):
+        self.keep_reference, self.packing = keep_reference, packing
         super().__init__(*args, **kwargs)
         self.data_collator = PairCollator(self.data_collator, self.processing_class.pad_token_id)
 
@@ -75,7 +77,7 @@ class PreferenceTrainer(ExpertParallelMixin, TrainerMixin, PairLossMixin, DPOTra
         loader = DataLoader(columns, batch_size=batch_size, collate_fn=self.data_collator, generator=own)
         results: tuple[list[float], list[float]] = ([], [])
         for batch in self.accelerator.prepare(loader):
-            sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
+            sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.called(model), batch))
             for result, values in zip(results, sides, strict=True):
                 result.extend(values.float().tolist())
         return results
@@ -94,7 +96,11 @@ class PreferenceTrainer(ExpertParallelMixin, TrainerMixin, PairLossMixin, DPOTra
         for side, values in zip(("chosen", "rejected"), lengths, strict=True):
             mean = self.accelerator.gather_for_metrics(values).mean().item()
             self._metrics["train" if model.training else "eval"][f"lengths/{side}"].append(mean)
-        return super()._compute_loss(model, inputs, *args, **kwargs)
+        return super()._compute_loss(self.called(model), inputs, *args, **kwargs)
+
+    def called(self, model: torch.nn.Module) -> Callable[..., Any]:
+        """What TRL's losses call with a padded batch."""
+        return unpadded(model) if self.packing else model
 
     def check_reference(self, tolerance: float) -> float:
         """Largest |log-ratio| of policy and reference over the first answers; `UserError` beyond tolerance.

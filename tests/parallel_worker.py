@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit import parallel
-from smolkit.arguments import PretrainTrainingArguments
+from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError
 from smolkit.packing import PackedCollator
 from smolkit.runtime import prepare

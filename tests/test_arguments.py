@@ -2,15 +2,11 @@
 
 import pytest
 
-from smolkit.arguments import (
-    DpoArguments,
+from smolkit.arguments import DpoArguments, LoraArguments, NewModelArguments, PretrainArguments, SftArguments
+from smolkit.command_line import (
     DpoTrainingArguments,
-    LoraArguments,
     LoraTrainingArguments,
-    NewModelArguments,
-    PretrainArguments,
     PretrainTrainingArguments,
-    SftArguments,
     SftTrainingArguments,
     parse,
 )

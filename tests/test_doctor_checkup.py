@@ -345,7 +345,8 @@ def test_a_glance_reads_little_of_a_big_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_stages_glance_before_they_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from smolkit.arguments import SftArguments, SftTrainingArguments
+    from smolkit.arguments import SftArguments
+    from smolkit.command_line import SftTrainingArguments
     from smolkit.doctor import RECORD_SUFFIXES
     from smolkit.runs import open_job
 

@@ -21,7 +21,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from smolkit import arguments, runs
+from smolkit import arguments, command_line, runs
 from smolkit.errors import UserError
 from smolkit.renamed import TODAY
 
@@ -32,11 +32,11 @@ STAGES = {
     "train_pretrain.py": (
         arguments.PretrainArguments,
         arguments.NewModelArguments,
-        arguments.PretrainTrainingArguments,
+        command_line.PretrainTrainingArguments,
     ),
-    "train_full_sft.py": (arguments.SftArguments, arguments.NewModelArguments, arguments.SftTrainingArguments),
-    "train_lora.py": (arguments.LoraArguments, arguments.LoraTrainingArguments),
-    "train_dpo.py": (arguments.DpoArguments, arguments.DpoTrainingArguments),
+    "train_full_sft.py": (arguments.SftArguments, arguments.NewModelArguments, command_line.SftTrainingArguments),
+    "train_lora.py": (arguments.LoraArguments, command_line.LoraTrainingArguments),
+    "train_dpo.py": (arguments.DpoArguments, command_line.DpoTrainingArguments),
 }
 
 
@@ -45,7 +45,7 @@ STAGES = {
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ds_*.json")), ids=lambda path: path.stem)
 def test_deepspeed_files_are_read_by_transformers_and_deepspeed(path, tmp_path) -> None:
-    args = arguments.PretrainTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=3, max_steps=1)
+    args = command_line.PretrainTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=3, max_steps=1)
     filled = HfTrainerDeepSpeedConfig(str(path))
     filled.trainer_config_process(args)
     assert not filled.mismatches
@@ -127,12 +127,12 @@ def test_deepspeed_wants_a_launcher(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     line = f"--data_path x --model_size tiny --output_dir {tmp_path}/out --deepspeed {CONFIGS}/ds_zero2.json"
     with pytest.raises(UserError, match="--deepspeed needs a launcher"):
-        arguments.parse(STAGES["train_pretrain.py"], line.split(), "")
+        command_line.parse(STAGES["train_pretrain.py"], line.split(), "")
 
 
 def test_weights_are_fp32_where_something_else_has_the_masters(tmp_path, monkeypatch) -> None:
     """bf16 weights without masters would lose small updates; under an accelerate file only the environment tells."""
-    args = arguments.PretrainTrainingArguments(output_dir=str(tmp_path), max_steps=1)
+    args = command_line.PretrainTrainingArguments(output_dir=str(tmp_path), max_steps=1)
     assert runs.sharding_engine(args) is None
     assert runs.weights_dtype("bf16", args) == torch.bfloat16
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -224,10 +224,10 @@ def test_old_spellings_are_refused_with_todays(script, old, today, tmp_path) -> 
     needed = {"train_dpo.py": "--model_path x", "train_pretrain.py": "--model_size tiny"}.get(script, "--base_model x")
     line = f"--data_path x {needed} {old} --output_dir {tmp_path}/out"
     with pytest.raises(UserError, match=f"unknown argument {old.split()[0].split('=')[0]}.*{re.escape(today)}"):
-        arguments.parse(STAGES[script], line.split(), "")
+        command_line.parse(STAGES[script], line.split(), "")
 
 
 def test_old_spellings_in_a_file_are_refused_with_todays(tmp_path) -> None:
     (tmp_path / "old.yaml").write_text("data_path: x\nevaluation_strategy: steps\n")
     with pytest.raises(UserError, match="old.yaml: unknown argument 'evaluation_strategy': it is --eval_strategy now"):
-        arguments.parse(STAGES["train_dpo.py"], ["--config", str(tmp_path / "old.yaml")], "")
+        command_line.parse(STAGES["train_dpo.py"], ["--config", str(tmp_path / "old.yaml")], "")

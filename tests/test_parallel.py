@@ -30,7 +30,8 @@ slow = pytest.mark.slow
 def command(*words: object, expect: int = 0) -> str:
     """Run one command in the checkout, as a user would, with a thread per process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=600, env=env)
+    limited = ["timeout", "--signal", "KILL", "600", *map(str, words)]  # which ends a launcher's workers with it
+    result = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT, env=env)
     assert result.returncode == expect, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result.stdout + result.stderr
 

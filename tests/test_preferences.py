@@ -11,14 +11,16 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 import train_dpo
 import train_lora
 import train_tokenizer
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_model import SmolConfig, SmolForCausalLM, SmolModel
 from smolkit import preferences
 from smolkit.checkpoints import load_tokenizer, save_final
 from smolkit.errors import UserError
+from smolkit.pairs import unpadded
 
 WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -237,6 +239,71 @@ def test_four_bits_need_a_gpu(home, tmp_path, main, monkeypatch) -> None:
     with pytest.raises(UserError, match="--qlora needs a CUDA GPU"):
         run(main, home, tmp_path / "out", f"--model_path {home}/dense --qlora")
     assert not (tmp_path / "out").exists()
+
+
+class RowsSeen:
+    """Wraps the forward of a model's backbone and keeps the shapes it was given."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.shapes, forward = [], SmolModel.forward
+
+        def seen(model, input_ids=None, *args, **kwargs):
+            self.shapes.append(tuple(input_ids.shape))
+            return forward(model, input_ids, *args, **kwargs)
+
+        monkeypatch.setattr(SmolModel, "forward", seen)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_sides_in_shared_rows_are_what_they_are_alone(home, kind, monkeypatch) -> None:
+    """Log-probabilities, gradients and router loss of packed sides equal each side's own, one at a time, unpadded."""
+    model = SmolForCausalLM.from_pretrained(home / kind)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    random, lengths = torch.Generator().manual_seed(3), [40, 9, 17, 23, 31, 8]
+    ids = torch.randint(5, 300, (len(lengths), max(lengths)), generator=random)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    weight = torch.rand(len(lengths), max(lengths) - 1, generator=random)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :4] = -100  # the prompts
+
+    rows = RowsSeen(monkeypatch)
+    inputs = dict(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, use_cache=False)
+    packed = unpadded(model)(**inputs, output_router_logits=kind == "moe")
+    assert rows.shapes == [(4, 40)]  # 40, 31 + 9, 23 + 17, 8
+    (packed.log_probs * weight).sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for i, length in enumerate(lengths):
+        own = dict(input_ids=ids[i : i + 1, :length], labels=labels[i : i + 1, :length])
+        alone = model(**own, fused_lm_head=True, use_cache=False)
+        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+            torch.testing.assert_close(packed[name][i, : length - 1], alone[name][0], rtol=1e-5, atol=1e-5)
+            assert not packed[name][i, length - 1 :].any()
+        (alone.log_probs[0] * weight[i, : length - 1]).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+    if kind == "moe":
+        padded = model(**inputs, output_router_logits=True)
+        torch.testing.assert_close(packed.aux_loss, padded.aux_loss)
+
+
+@pytest.mark.parametrize("line", ["", "--use_lora true", "--loss_type ipo --precompute_ref_log_probs false"])
+def test_packed_pairs_learn_what_padded_ones_do(home, tmp_path, line, monkeypatch) -> None:
+    random, pairs = np.random.default_rng(1), tmp_path / "pairs.jsonl"
+    answers = [" ".join(random.choice(WORDS, size)) for size in (1, 30, 2, 9, 20, 3, 14, 5, 1, 24, 7, 2, 17, 4, 11, 6)]
+    write(pairs, [{"prompt": "the", "chosen": a, "rejected": b} for a, b in zip(answers, answers[3:], strict=False)])
+    line = f"--data_path {pairs} --model_path {home}/dense --data_cache_dir {{}} {line}"
+    padded = run(train_dpo.main, home, tmp_path / "padded", line.format(tmp_path / "1"))
+    rows = RowsSeen(monkeypatch)
+    packed = run(train_dpo.main, home, tmp_path / "packed", line.format(tmp_path / "2") + " --packing true")
+    assert min(rows.shapes)[0] < 8  # four pairs are eight sides
+    for name in ("loss", "rewards/margins", "logps/chosen", "entropy"):
+        assert metrics(packed, name) == pytest.approx(metrics(padded, name), rel=1e-4, abs=1e-5), name
+
+
+def test_trls_own_switch_is_refused(home, tmp_path) -> None:
+    with pytest.raises(UserError, match="--padding_free is --packing here"):
+        run(train_dpo.main, home, tmp_path / "out", f"--model_path {home}/dense --padding_free true")
 
 
 LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop

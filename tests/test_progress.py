@@ -22,9 +22,9 @@ import train_pretrain
 import train_tokenizer
 from smol_model import SmolConfig, flops_per_token
 from smolkit import hardware, reporters, run_report
-from smolkit.arguments import PretrainTrainingArguments
 from smolkit.chat import encode_text
 from smolkit.checkpoints import load_tokenizer
+from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError
 from smolkit.samples import read_prompts
 from smolkit.tokenizer import token_bytes

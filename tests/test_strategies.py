@@ -74,8 +74,8 @@ def write(path: Path, rows: list[dict]) -> None:
 def launch(*words: object, cwd: Path = ROOT) -> str:
     """Run a launcher, in the checkout by default; stdout and stderr together, which must not report a failure."""
     environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
-    command = [*map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=environment)
+    command = ["timeout", "--signal", "KILL", "300", *map(str, words)]  # which ends a launcher's workers with it
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import train_pretrain
 from smol_model import SmolConfig, SmolForCausalLM
-from smolkit.arguments import PretrainTrainingArguments
 from smolkit.checkpoints import load_tokenizer
+from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError
 from smolkit.optimizer import SLICE, MasterAdamW
 from smolkit.packing import PackedCollator, pack_blocks
