@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from smol_model import PRESETS, SmolConfig, count_parameters, preset_config
 from smolkit import planner
 from smolkit.arguments import AdapterArguments, NewModelArguments, PretrainArguments, StageArguments
 from smolkit.checkpoints import load_tokenizer, row_length
+from smolkit.command_line import RunArguments
 from smolkit.doctor import (
     PRETRAIN_SUFFIXES,
     RECORD_SUFFIXES,
@@ -47,7 +47,7 @@ DEBUGGING = {
 def dry_run(
     kind: str,
     stage: StageArguments,
-    args: TrainingArguments,
+    args: RunArguments,
     new: NewModelArguments | None = None,
 ) -> dict[str, Any]:
     """Print the plan (on the main process) and return it as a dict of plain values.
@@ -64,7 +64,7 @@ def dry_run(
 def make_plan(
     kind: str,
     stage: StageArguments,
-    args: TrainingArguments,
+    args: RunArguments,
     new: NewModelArguments | None,
 ) -> dict[str, Any]:
     """See `dry_run`."""
@@ -219,7 +219,7 @@ def count_rows(file: Path, text_bytes: float) -> float:
     return lines if len(head) == size else lines * size / len(head)
 
 
-def find_before(stage: StageArguments, args: TrainingArguments) -> int | None:
+def find_before(stage: StageArguments, args: RunArguments) -> int | None:
     """Steps of an earlier run in the output directory that this one extends; None when there is none."""
     states = sorted(
         Path(args.output_dir).glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
@@ -255,7 +255,7 @@ def find_devices(stage: StageArguments, work: Work) -> tuple[float | None, float
 def make_work(
     kind: str,
     stage: StageArguments,
-    args: TrainingArguments,
+    args: RunArguments,
     config: SmolConfig,
 ) -> Work:
     """The numbers of a micro-batch and of the devices."""
@@ -285,7 +285,7 @@ def make_work(
 
 
 def count_steps(
-    kind: str, stage: StageArguments, args: TrainingArguments, work: Work, data: dict[str, Any], before: int | None
+    kind: str, stage: StageArguments, args: RunArguments, work: Work, data: dict[str, Any], before: int | None
 ) -> dict[str, Any]:
     """Tokens per step, steps, epochs and the schedule."""
     if kind == "dpo":  # a row is a pair, not packed
@@ -320,7 +320,7 @@ def count_steps(
     }
 
 
-def asked_strategy(args: TrainingArguments, stage: StageArguments) -> str:
+def asked_strategy(args: RunArguments, stage: StageArguments) -> str:
     """The planner's name for what the flags and the launcher ask for."""
     if args.deepspeed_plugin is not None:
         engine = args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
@@ -336,7 +336,7 @@ def asked_strategy(args: TrainingArguments, stage: StageArguments) -> str:
 
 
 def find_time(
-    kind: str, stage: StageArguments, args: TrainingArguments, work: Work, steps: dict[str, Any]
+    kind: str, stage: StageArguments, args: RunArguments, work: Work, steps: dict[str, Any]
 ) -> dict[str, Any]:
     """Seconds of the whole run, and where the speed comes from: given, measured here before, or from FLOP/s."""
     speed = amount(stage.tokens_per_second)
@@ -370,7 +370,7 @@ def measured_speed(directory: Path) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def resolved(stage: StageArguments, new: NewModelArguments | None, args: TrainingArguments) -> dict[str, Any]:
+def resolved(stage: StageArguments, new: NewModelArguments | None, args: RunArguments) -> dict[str, Any]:
     """Every argument of the stage, and those of the library that differ from its defaults here."""
     defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
     values = json.loads(args.to_json_string())

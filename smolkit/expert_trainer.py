@@ -45,7 +45,7 @@ class ExpertParallelMixin(TrainerMixin):
         model = self.model if model is None else model
         if self.experts is None or self.optimizer is not None or self.wants_masters(model):
             return super().create_optimizer(model)
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = kind(self.parameter_groups(model), **settings)
         return self.optimizer
 

@@ -407,7 +407,7 @@ class LengthGroupedOrder(SeededOrder):
 
     STRETCH = 50
 
-    def __init__(self, lengths: Sequence[int], seed: int, batch_size: int, multiple: int = 1):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, seed: int, batch_size: int, multiple: int = 1):
         super().__init__(len(lengths), seed, multiple)
         self.lengths, self.batch_size = np.asarray(lengths), batch_size
 

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -36,9 +37,12 @@ from smolkit.run_report import RUN_FILES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
+    from smolkit.command_line import RunArguments
+
     class Host(Trainer):
         """The trainer that our mixins are put before, once it is built."""
 
+        args: RunArguments
         model: PreTrainedModel
         model_wrapped: torch.nn.Module
         optimizer: torch.optim.Optimizer
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
         processing_class: PreTrainedTokenizerFast
         train_dataset: Any  # rows with a length, from `datasets` or ours
         eval_dataset: Any
-        _metrics: dict[str, dict[str, list[float]]]  # of TRL's trainers
+        _metrics: dict[str, defaultdict[Any, list[Any]]]  # of TRL's trainers
 
 else:
     Host = object

@@ -62,6 +62,7 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
+        assert args.output_dir is not None, "every script has a default"
         self.directory = Path(args.output_dir)
         self.writes = state.is_world_process_zero
         self.device, self.processes = args.device, args.world_size
