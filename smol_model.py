@@ -157,7 +157,7 @@ class SmolConfig(PreTrainedConfig):
             self.num_experts = self.num_experts_per_tok = self.moe_intermediate_size = self.norm_topk_prob = UNSET
             self.router_aux_loss_coef = self.router_z_loss_coef = 0.0
         super().__post_init__(**kwargs)
-        self.model_type = self.native_type()  # type: ignore[misc]
+        self.model_type = self.native_type()  # type: ignore[misc]  # of this instance
         self.check()
 
     def native_type(self) -> str:
@@ -578,7 +578,7 @@ def attend_in_blocks(
         rows, t = slice(start * G, end * G), end - start
         scores = torch.bmm(query[:, rows], key[:, :end].mT)  # (B*K, t*G, end)
         if mask is None:
-            scores[..., start:].add_(later[: t * G, :t])  # type: ignore[index]
+            scores[..., start:].add_(later[: t * G, :t])  # type: ignore[index]  # made above where mask is None
         else:
             scores.view(len(mask), -1, t, G, end).add_(mask[:, :, start:end, None, :end])
         weights = scores.softmax(-1)
@@ -636,7 +636,7 @@ def varlen_attention(
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     bounds = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
     mixed = varlen_attn(query, key, value, *bounds, scale=kwargs["scaling"], window_size=(-1, 0), **grouped)
-    return mixed.view(B, T, H, Dh), None  # type: ignore[union-attr]
+    return mixed.view(B, T, H, Dh), None  # type: ignore[union-attr]  # a tuple only with return_aux
 
 
 class Attention(nn.Module):

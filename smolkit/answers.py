@@ -133,7 +133,7 @@ class Answers:
         self._check_model(body.model)
         self._check_ids(body.tokens, "tokens")
         text = self.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)
-        return api.Text(prompt=text)  # type: ignore[arg-type]
+        return api.Text(prompt=text)  # type: ignore[arg-type]  # of a single sequence: one str
 
     def _rendered(
         self,

@@ -179,7 +179,7 @@ def build_model(
     """The model of `config` in `dtype` with the weights of `directory`, or random ones when it is None."""
     if directory is None:
         config._attn_implementation = attention
-        return SmolForCausalLM(config).to(dtype)  # type: ignore[arg-type]
+        return SmolForCausalLM(config).to(dtype)  # type: ignore[arg-type]  # transformers hides its signature
     try:
         return SmolForCausalLM.from_pretrained(directory, config=config, dtype=dtype, attn_implementation=attention)
     except (ValueError, RuntimeError, OSError, KeyError) as error:

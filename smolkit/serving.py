@@ -235,7 +235,7 @@ def load_engine(
         budget = int(kv_cache_gib * 2**30)
     try:
         return TorchEngine(
-            model.to(device),  # type: ignore[arg-type]
+            model.to(device),  # type: ignore[arg-type]  # transformers hides its signature
             model_name=model_name,
             adapters=pairs,
             max_model_len=max_model_len,

@@ -214,7 +214,7 @@ class TrainerMixin(GuardMixin):
         missing, unexpected = copy.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= set(copy._tied_weights_keys), (missing, unexpected)
         dtype = next(self.model.parameters()).dtype
-        return copy.to(device=self.args.device, dtype=dtype)  # type: ignore[call-arg]
+        return copy.to(device=self.args.device, dtype=dtype)  # type: ignore[call-arg]  # transformers hides its signature
 
 
 def _prepare_in_place(prepare: Callable, optimizer: Any, device_placement: Any = None) -> Any:
@@ -262,8 +262,8 @@ class TokenLossMixin(TrainerMixin):
             batch["labels"][torch.tensor(numbers) >= len(rows)] = IGNORE
             return batch
 
-        numbers: Any = range(rank, padded, world)
-        return DataLoader(numbers, batch_size=self.args.eval_batch_size, collate_fn=collate)
+        own: Any = range(rank, padded, world)  # a dataset of numbers
+        return DataLoader(own, batch_size=self.args.eval_batch_size, collate_fn=collate)
 
     def byte_table(self) -> torch.Tensor | None:
         """Bytes of each token id, (V,), made once; None where the tokenizer has no such thing."""
@@ -308,8 +308,8 @@ class TokenLossMixin(TrainerMixin):
             # bytes, but their nats count: the figure is an upper bound, and a tight one for longer texts.
             metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / size
             metrics[f"{metric_key_prefix}_bytes"] = int(size)
-        nothing: Any = None  # is predicted, whatever the type wants
-        return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+        none: Any = None  # kept of what was predicted
+        return EvalLoopOutput(predictions=none, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
 
 # --- ending -------------------------------------------------------------------------------------------------
