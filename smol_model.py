@@ -68,6 +68,8 @@ MOE_FIELDS = "num_experts_per_tok router_aux_loss_coef output_router_logits".spl
 EXTRA_FIELDS = ("residual_dropout",)
 MOE_EXTRA_FIELDS = ("capacity_factor", "router_z_loss_coef")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# For fields that __post_init__ fills in: whoever reads a configuration finds a value (of experts, where there are any).
+UNSET: Any = None
 
 
 class SmolConfig(PreTrainedConfig):
@@ -108,34 +110,35 @@ class SmolConfig(PreTrainedConfig):
     intermediate_size: int = 704
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = UNSET
+    head_dim: int = UNSET
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
-    rope_parameters: dict | None = None
+    rope_parameters: dict[str, Any] = UNSET
     tie_word_embeddings: bool = True
     qk_norm: bool = False
     attention_bias: bool = False
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
-    num_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    moe_intermediate_size: int | None = None
-    norm_topk_prob: bool | None = None
+    num_experts: int = UNSET
+    num_experts_per_tok: int = UNSET
+    moe_intermediate_size: int = UNSET
+    norm_topk_prob: bool = UNSET
     capacity_factor: float | None = None
-    router_aux_loss_coef: float | None = None
-    router_z_loss_coef: float | None = None
+    router_aux_loss_coef: float = UNSET
+    router_z_loss_coef: float = UNSET
     output_router_logits: bool = False
     initializer_range: float = 0.02
     mimetic_init: bool = False
     depth_scaled_init: bool = False
     use_cache: bool = True
+    dtype: torch.dtype | None = None  # a name becomes one
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -151,10 +154,10 @@ class SmolConfig(PreTrainedConfig):
             if self.router_z_loss_coef is None:
                 self.router_z_loss_coef = 0.001
         else:
-            self.num_experts = self.num_experts_per_tok = self.moe_intermediate_size = self.norm_topk_prob = None
+            self.num_experts = self.num_experts_per_tok = self.moe_intermediate_size = self.norm_topk_prob = UNSET
             self.router_aux_loss_coef = self.router_z_loss_coef = 0.0
         super().__post_init__(**kwargs)
-        self.model_type = self.native_type()
+        self.model_type = self.native_type()  # type: ignore[misc]  # of this instance
         self.check()
 
     def native_type(self) -> str:
@@ -227,7 +230,9 @@ class SmolConfig(PreTrainedConfig):
         self.to_native().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "SmolConfig":
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> "SmolConfig":
         """Read the config.json of a native directory; ValueError for a setting this model does not implement."""
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         return cls.from_dict(config_dict, **kwargs)
@@ -379,7 +384,7 @@ class RMSNorm(torch.autograd.Function):
         return (x32 * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors
         normed, grad = x.float() * scale, grad.float()
         grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -573,7 +578,7 @@ def attend_in_blocks(
         rows, t = slice(start * G, end * G), end - start
         scores = torch.bmm(query[:, rows], key[:, :end].mT)  # (B*K, t*G, end)
         if mask is None:
-            scores[..., start:].add_(later[: t * G, :t])
+            scores[..., start:].add_(later[: t * G, :t])  # type: ignore[index]  # made above where mask is None
         else:
             scores.view(len(mask), -1, t, G, end).add_(mask[:, :, start:end, None, :end])
         weights = scores.softmax(-1)
@@ -596,7 +601,7 @@ def block_attention(
 
 
 def one_query_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module | None, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention of the newest position, (B, H, 1, Dh), as decoding asks for it.
 
@@ -628,10 +633,10 @@ def varlen_attention(
     B, H, T, Dh = query.shape
     query, key, value = (heads.transpose(1, 2).reshape(B * T, -1, Dh) for heads in (query, key, value))
     # torch 2.11 takes fewer key heads than query heads without being told.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     bounds = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
     mixed = varlen_attn(query, key, value, *bounds, scale=kwargs["scaling"], window_size=(-1, 0), **grouped)
-    return mixed.view(B, T, H, Dh), None
+    return mixed.view(B, T, H, Dh), None  # type: ignore[union-attr]  # a tuple only with return_aux
 
 
 class Attention(nn.Module):
@@ -909,8 +914,8 @@ class SparseMoE(nn.Module):
 
     def capacity(self, experts: Tensor, real: Tensor | None) -> Tensor | int:
         """ceil(capacity_factor * k * tokens / E), over real tokens."""
-        tokens = len(experts) if real is None else real.sum()
-        limit = tokens * (self.capacity_factor * experts.shape[1] / self.num_experts)
+        tokens: Any = len(experts) if real is None else real.sum()
+        limit = tokens * (self.capacity_factor * experts.shape[1] / self.num_experts)  # type: ignore[operator]
         return math.ceil(limit) if real is None else limit.ceil()
 
 
@@ -988,6 +993,7 @@ class SmolOutput(ModelOutput):
 class SmolPreTrainedModel(PreTrainedModel):
     """What transformers, TRL, PEFT and accelerate want to know about the model."""
 
+    config: SmolConfig
     config_class = SmolConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -1117,7 +1123,7 @@ class SmolModel(SmolPreTrainedModel):
                 bounds = document_bounds(starts) if flash or varlen else {}
         if varlen and bounds:
             return varlen_attention, None, bounds
-        mask = create_causal_mask(
+        mask: Tensor | None = create_causal_mask(  # type: ignore[assignment]  # BlockMask: flex attention alone
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
@@ -1173,7 +1179,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return *scaled, None, None
 
@@ -1201,7 +1207,7 @@ def loss_of_trained_tokens(
                 rows.copy_(log_probs.exp_().scatter_add_(1, label, minus_one))
         logits[real:] = 0.0
         trained -= real
-        if with_hidden:
+        if grad_hidden is not None:
             grad_hidden.index_copy_(0, picked, logits @ weight)
         if with_weight:
             product = logits.t() @ part
@@ -1300,7 +1306,8 @@ class SmolForCausalLM(SmolPreTrainedModel, GenerationMixin):
         )
         hidden, stats = outputs.last_hidden_state, outputs.router_stats
         loss = logits = None
-        aux_loss, z_loss = (stats.aux_loss.mean(), stats.z_loss.mean()) if stats else (None, None)
+        aux_loss: Any = stats.aux_loss.mean() if stats else None
+        z_loss: Any = stats.z_loss.mean() if stats else None
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None:

@@ -35,7 +35,7 @@ def lora_config(stage: AdapterArguments, config: SmolConfig, base: str) -> LoraC
         targets = ATTENTION if config.num_experts else "all-linear"
     return LoraConfig(
         r=stage.lora_r,
-        lora_alpha=stage.lora_alpha,
+        lora_alpha=stage.lora_alpha,  # type: ignore[arg-type]  # a fraction is fine, whatever its hint says
         lora_dropout=stage.lora_dropout,
         use_dora=stage.use_dora,
         use_rslora=stage.use_rslora,

@@ -6,7 +6,7 @@ Streamed and whole answers are made from the same pieces, so they agree to the c
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -124,14 +124,16 @@ class Answers:
             ids = encode_prompt(self.tokenizer, body.prompt, body.add_special_tokens is not False)
         else:
             tools, generate = [tool.plain() for tool in body.tools or []], body.add_generation_prompt is not False
-            ids = self._rendered(body.messages, tools, generate, body.chat_template_kwargs)
+            ids = self._rendered(body.messages or [], tools, generate, body.chat_template_kwargs)
         strings = self.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-        return api.Tokens(count=len(ids), max_model_len=self.engine.max_model_len, tokens=ids, token_strs=strings)
+        length = self.engine.max_model_len
+        return api.Tokens(count=len(ids), max_model_len=length, tokens=ids, token_strs=strings)  # type: ignore[arg-type]
 
     def detokenize(self, body: api.DetokenizeRequest) -> api.Text:
         self._check_model(body.model)
         self._check_ids(body.tokens, "tokens")
-        return api.Text(prompt=self.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
+        text = self.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)
+        return api.Text(prompt=text)  # type: ignore[arg-type]  # of a single sequence: one str
 
     def _rendered(
         self,
@@ -153,7 +155,7 @@ class Answers:
 
     def _grammar(self, body: api.ChatRequest, tools: list[dict[str, Any]], single: bool) -> Grammar | None:
         must_call = body.tools_to_call()
-        schema = body.response_format and body.response_format.schema_of()
+        schema = body.response_format.schema_of() if body.response_format is not None else None
         if must_call:
             schema, param = None, "tools"  # an answer that has to call a tool has no content
         elif schema is not None:
@@ -241,7 +243,7 @@ class Answers:
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         return limit - len(prompt_ids)
 
-    async def pieces(self, job: Job) -> AsyncIterator[Piece]:
+    async def pieces(self, job: Job) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come. Closing it early cancels the generation.
 
         Raises `DeadlineExceeded` where the answers take longer than `timeout`.
@@ -257,7 +259,7 @@ class Answers:
             async for piece in merged:
                 yield piece
 
-    async def _choice(self, job: Job, index: int, deadline: float | None) -> AsyncIterator[Piece]:
+    async def _choice(self, job: Job, index: int, deadline: float | None) -> AsyncGenerator[Piece]:
         text = _ChoiceText(self.tokenizer, job, index)
         async with aclosing(self.engine.generate(job.requests[index])) as events:
             while True:
@@ -357,7 +359,7 @@ class _ChoiceText:
         written = self.tokenizer.convert_ids_to_tokens(token_id)
         if "\ufffd" in text and all(character in _BYTE_OF for character in written):  # part of a character
             return {"token": text, "bytes": [_BYTE_OF[character] for character in written]}
-        return {"token": text, "bytes": list(text.encode())}
+        return {"token": text, "bytes": list(text.encode())}  # type: ignore[union-attr]
 
 
 def _tool_call(call: dict[str, Any]) -> api.ToolCall:
@@ -368,11 +370,11 @@ def _tool_call(call: dict[str, Any]) -> api.ToolCall:
     return api.ToolCall(id=f"call_{uuid.uuid4().hex}", function=api.FunctionCall(name=name, arguments=arguments))
 
 
-async def _merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[Piece]:
+async def _merged(streams: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
     """Pieces of several streams as they come; the first failure ends them all."""
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
 
-    async def pump(stream: AsyncIterator[Piece]) -> None:
+    async def pump(stream: AsyncGenerator[Piece]) -> None:
         try:
             async with aclosing(stream):
                 async for piece in stream:

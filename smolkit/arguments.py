@@ -195,8 +195,8 @@ class UpcycleArguments:
 
     def upcycle_shape(self) -> tuple[int, int]:
         """(experts, experts per token)."""
-        given = (self.upcycle_experts, self.upcycle_top_k)
-        return tuple(default if value is None else value for value, default in zip(given, (8, 2), strict=True))
+        experts = 8 if self.upcycle_experts is None else self.upcycle_experts
+        return experts, 2 if self.upcycle_top_k is None else self.upcycle_top_k
 
     def validate_upcycle(self) -> None:
         """Raise `UserError` for values that contradict each other or cannot work."""

@@ -340,17 +340,19 @@ def render(
     messages = [_normalised(message) for message in messages]
     guard = _Guard(codec, messages, tools, template_kwargs)
     template = tokenizer.get_chat_template(tools=tools)
+    special: dict[str, Any] = tokenizer.special_tokens_map
     try:
         with _RENDERING:
-            (text,), spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # not the str of its signature
                 conversations=[[guard.message(message) for message in messages]],
                 tools=guard.value(tools) or None,
                 chat_template=template,
                 return_assistant_tokens_mask=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
                 add_generation_prompt=add_generation_prompt,
-                **tokenizer.special_tokens_map,
+                **special,
                 **guard.value(template_kwargs or {}),
             )
+            (text,), spans = rendered
     except Exception as error:  # foreign templates refuse conversations in their own ways (jinja2, TypeError)
         raise UserError(f"the tokenizer's chat template refused the conversation: {error}") from error
     ids: list[int] = []
@@ -442,7 +444,7 @@ def _encode_rendered(codec: _Codec, text: str, mark: str) -> list[int]:
     position = 0
     for match in codec.control.finditer(text):
         ids += _encode_plain(codec, text[position : match.start()], mark)
-        ids.append(codec.ids[match[match.lastindex]])
+        ids.append(codec.ids[match[match.lastindex]])  # type: ignore[index]  # each token is a group
         position = match.end()
     return ids + _encode_plain(codec, text[position:], mark)
 

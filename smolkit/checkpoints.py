@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,8 @@ from smolkit.arguments import NewModelArguments
 from smolkit.chat import END_OF_TEXT, IM_END, IM_START, chat_stop_ids, save_tokenizer
 from smolkit.errors import UserError
 from smolkit.files import sync
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -177,7 +179,7 @@ def build_model(
     """The model of `config` in `dtype` with the weights of `directory`, or random ones when it is None."""
     if directory is None:
         config._attn_implementation = attention
-        return SmolForCausalLM(config).to(dtype)
+        return SmolForCausalLM(config).to(dtype)  # type: ignore[arg-type]  # transformers hides its signature
     try:
         return SmolForCausalLM.from_pretrained(directory, config=config, dtype=dtype, attn_implementation=attention)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
@@ -297,7 +299,7 @@ def move_into(aside: Path, directory: Path) -> None:
     shutil.rmtree(aside)
 
 
-def merge_adapter(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+def merge_adapter(model: Model, adapter: str | Path) -> Model:
     """The model with a PEFT adapter added to its weights; `UserError` when the directory is none or does not fit."""
     require_adapter(adapter)
     from peft import PeftModel  # heavy, and only adapters need it

@@ -10,8 +10,9 @@ import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -22,6 +23,10 @@ from smolkit.errors import UserError
 from smolkit.renamed import hint
 from smolkit.reporters import check_reporters
 from smolkit.runtime import has_accelerator
+
+if TYPE_CHECKING:
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
 
 # The TrainingArguments flags that most runs touch; `--help` shows these, `--help_all` the rest.
 COMMON_FLAGS = """
@@ -35,8 +40,27 @@ COMMON_FLAGS = """
 """.split()
 
 
+if TYPE_CHECKING:
+
+    class LibraryArguments(TrainingArguments):
+        """The library's, as they are when their `__post_init__` has run."""
+
+        output_dir: str
+        run_name: str
+        report_to: list[str]
+        optim: OptimizerNames
+        lr_scheduler_type: SchedulerType
+        # of TRL's, which pretraining does without
+        max_length: int | None
+        precompute_ref_log_probs: bool
+        precompute_ref_batch_size: int | None
+
+else:
+    LibraryArguments = object
+
+
 @dataclass
-class _CommonBehaviour:
+class RunArguments(LibraryArguments):
     """What our TrainingArguments add to the library's: some flags, and the CPU is used without being asked for."""
 
     additional_steps: int = option(
@@ -101,9 +125,11 @@ def _with_defaults(name: str, base: type, doc: str, **defaults: Any) -> type:
         metadata = dict(originals[key].metadata)
         if key == "num_train_epochs":
             metadata["aliases"] = ["--num_epochs", "--epochs"]
-        factory = {"default_factory": (lambda value=value: list(value))} if isinstance(value, list) else {}
-        fields.append((key, originals[key].type, field(**(factory or {"default": value}), metadata=metadata)))
-    made = dataclasses.make_dataclass(name, fields, bases=(_CommonBehaviour, base))
+        default: dict[str, Any] = {"default": value}
+        if isinstance(value, list):
+            default = {"default_factory": partial(list, value)}
+        fields.append((key, originals[key].type, field(**default, metadata=metadata)))
+    made: Any = dataclasses.make_dataclass(name, fields, bases=(RunArguments, base))
     made.__module__, made.__doc__, made._argument_group_name = (
         __name__,
         doc,
@@ -190,7 +216,10 @@ def parse(dataclasses_: Sequence[type], argv: Sequence[str] | None, description:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_all = "--help_all" in argv
     parser = HfArgumentParser(
-        list(dataclasses_), description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+        list(dataclasses_),  # type: ignore[arg-type]
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--help_all", action="help", default=SUPPRESS, help="like --help, with every training flag")
     if not show_all:
@@ -221,7 +250,7 @@ def _hide_rare_flags(parser: HfArgumentParser) -> None:
     shown = set(COMMON_FLAGS)
     for dataclass_type in parser.dataclass_types:
         if not issubclass(dataclass_type, TrainingArguments):
-            shown |= {item.name for item in dataclasses.fields(dataclass_type)}
+            shown |= {item.name for item in dataclasses.fields(dataclass_type)}  # type: ignore[arg-type]
     for action in parser._actions:
         if action.dest not in shown and action.dest not in ("help", "help_all"):
             action.help = SUPPRESS
@@ -255,9 +284,9 @@ def _read_config(path: str, dataclasses_: Sequence[type]) -> dict[str, Any]:
             known[alias.lstrip("-")] = item
     result = {}
     for key, value in content.items():
-        item = known.get(str(key).replace("-", "_"))
-        if item is None:
+        named = known.get(str(key).replace("-", "_"))
+        if named is None:
             raise UserError(f"{path}: unknown argument {key!r}{hint(str(key)) or '; --help_all lists them'}")
-        is_list = "list" in str(item.type)
-        result[item.name] = value if not is_list or isinstance(value, list | None) else [value]
+        is_list = "list" in str(named.type)
+        result[named.name] = value if not is_list or isinstance(value, list | None) else [value]
     return result

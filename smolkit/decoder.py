@@ -9,8 +9,8 @@ second of transformers' `generate` with one stream, 2.2 times with sixteen (`pyt
 The operations and their order are those of the model, so greedy answers are the same.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from smol_model import (
     CPU_BLOCK_LENGTH,
     LMHead,
+    SmolConfig,
+    SmolDecoderLayer,
     SmolForCausalLM,
     SparseMoE,
     attend_in_blocks,
@@ -53,17 +55,19 @@ class Projection:
         self.rows, self.packed = rows, False
         self.adapters: dict[str, Pair] = {}
         self.int8: Int8Product | None = None
-        if all(type(layer) is Int8Linear for layer in layers):
-            self.sizes, self.int8 = [len(layer.weight) for layer in layers], Int8Product(layers)
+        quantised = [layer for layer in layers if type(layer) is Int8Linear]
+        plain = [layer for layer in layers if type(layer) is nn.Linear or type(layer) is LMHead]
+        if len(quantised) == len(layers):
+            self.sizes, self.int8 = [len(layer.weight) for layer in quantised], Int8Product(quantised)
             return
-        if not all(type(layer) in (nn.Linear, LMHead) for layer in layers):
+        if len(plain) < len(layers):
             self.layers = layers
             return
         with torch.no_grad():
-            weights = [layer.weight[:rows] for layer in layers]
+            weights = [layer.weight[:rows] for layer in plain]
             self.sizes = [len(weight) for weight in weights]
             self.weight = weights[0] if len(layers) == 1 else torch.cat(weights)
-            biases = [layer.bias for layer in layers]
+            biases: list[Tensor] = [layer.bias for layer in plain]
             self.bias = None if biases[0] is None else torch.cat(biases)
             if self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16 and packs():
                 self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
@@ -106,7 +110,7 @@ def packs() -> bool:
 class _Layer:
     """One block: the order of operations of `SmolDecoderLayer`, without dropout."""
 
-    def __init__(self, layer: nn.Module, config: Any):
+    def __init__(self, layer: SmolDecoderLayer, config: SmolConfig):
         attention, mlp = layer.self_attn, layer.mlp
         self.H, self.K, self.Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.eps, self.scaling = config.rms_norm_eps, attention.scaling
@@ -115,8 +119,9 @@ class _Layer:
         self.out = Projection(attention.o_proj)
         self.head_norm: Tensor | None = None  # (H + K, Dh)
         if config.qk_norm:
-            query, key = attention.q_norm.weight, attention.k_norm.weight
+            query, key = attention.q_norm.get_parameter("weight"), attention.k_norm.get_parameter("weight")
             self.head_norm = torch.cat((query.expand(self.H, -1), key.expand(self.K, -1)))
+        self.mlp: SparseExperts | GatedMlp
         if isinstance(mlp, SparseMoE):
             self.mlp = SparseExperts(mlp)
         else:
@@ -181,15 +186,17 @@ class Decoder:
     The weights are those the model had when this was built. `vocab_limit` cuts padded vocabulary rows off.
     """
 
-    def __init__(self, model: SmolForCausalLM, vocab_limit: int | None = None):
+    def __init__(self, model: nn.Module, vocab_limit: int | None = None):
         # A PEFT model injects its layers into the model it wraps; the wrapped model is then the complete one.
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap = getattr(model, "get_base_model", None)
+        model = unwrap() if unwrap is not None else model
         if not isinstance(model, SmolForCausalLM):
             raise TypeError(f"{type(model).__name__}: generation here takes SmolForCausalLM, which loads any of ours")
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
         self.embedding, self.rotary = model.model.embed_tokens.weight, model.model.rotary
         with torch.no_grad():
-            self.layers = [_Layer(layer, model.config) for layer in model.model.layers]
+            layers = cast(Iterable[SmolDecoderLayer], model.model.layers)
+            self.layers = [_Layer(layer, model.config) for layer in layers]
             self.norm, self.eps = model.model.norm.weight, model.config.rms_norm_eps
             rows = model.lm_head.weight.shape[0]
             self.vocab_size = min(vocab_limit or rows, rows)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from smol_model import PRESETS, SmolConfig, count_parameters, preset_config
 from smolkit import planner
-from smolkit.arguments import NewModelArguments, StageArguments
+from smolkit.arguments import AdapterArguments, NewModelArguments, PretrainArguments, StageArguments
 from smolkit.checkpoints import load_tokenizer, row_length
+from smolkit.command_line import RunArguments
 from smolkit.doctor import (
     PRETRAIN_SUFFIXES,
     RECORD_SUFFIXES,
@@ -47,7 +47,7 @@ DEBUGGING = {
 def dry_run(
     kind: str,
     stage: StageArguments,
-    args: TrainingArguments,
+    args: RunArguments,
     new: NewModelArguments | None = None,
 ) -> dict[str, Any]:
     """Print the plan (on the main process) and return it as a dict of plain values.
@@ -64,7 +64,7 @@ def dry_run(
 def make_plan(
     kind: str,
     stage: StageArguments,
-    args: TrainingArguments,
+    args: RunArguments,
     new: NewModelArguments | None,
 ) -> dict[str, Any]:
     """See `dry_run`."""
@@ -142,9 +142,12 @@ def find_config(
 ) -> SmolConfig | None:
     """The configuration of the checkpoint or of the new model; of --plan_model where the checkpoint is missing."""
     start = _start(stage)
+    overrides = new.overrides() if new is not None else {}
     if start and (Path(start) / "config.json").is_file():
         found = SmolConfig.from_pretrained(start)
-        return upcycled_config(found, stage, new.overrides()) if getattr(stage, "upcycle_from", None) else found
+        if isinstance(stage, PretrainArguments) and stage.upcycle_from:
+            return upcycled_config(found, stage, overrides)
+        return found
     if start:
         missing.append(f"model: {start} is not there (yet)")
     size = (new.model_size if new is not None else None) or stage.plan_model
@@ -153,7 +156,6 @@ def find_config(
         return None
     if Path(size, "config.json").is_file():
         return SmolConfig.from_pretrained(size)
-    overrides = new.overrides() if new is not None else {}
     rows = (new.vocab_size if new is not None else None) or (len(tokenizer) if tokenizer is not None else None)
     if rows is not None and "vocab_size" not in overrides:
         multiple = new.pad_vocab_to_multiple_of if new is not None else 1
@@ -168,6 +170,7 @@ def find_config(
 
 def find_data(kind: str, stage: StageArguments, tokenizer: Any, missing: list[str]) -> dict[str, Any]:
     """Rows and tokens of the training data: given by flags, else estimated from a sample of every file."""
+    assert stage.data_path, "validated"
     given = {"rows": _whole(stage.data_rows), "tokens": _whole(stage.data_tokens)}
     try:
         files = expand_paths(stage.data_path, PRETRAIN_SUFFIXES if kind == "pretrain" else RECORD_SUFFIXES)
@@ -216,7 +219,7 @@ def count_rows(file: Path, text_bytes: float) -> float:
     return lines if len(head) == size else lines * size / len(head)
 
 
-def find_before(stage: StageArguments, args: TrainingArguments) -> int | None:
+def find_before(stage: StageArguments, args: RunArguments) -> int | None:
     """Steps of an earlier run in the output directory that this one extends; None when there is none."""
     states = sorted(
         Path(args.output_dir).glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
@@ -252,7 +255,7 @@ def find_devices(stage: StageArguments, work: Work) -> tuple[float | None, float
 def make_work(
     kind: str,
     stage: StageArguments,
-    args: TrainingArguments,
+    args: RunArguments,
     config: SmolConfig,
 ) -> Work:
     """The numbers of a micro-batch and of the devices."""
@@ -261,6 +264,7 @@ def make_work(
     devices = stage.num_devices or max(args.world_size, torch.cuda.device_count() if args.world_size == 1 else 1)
     on_gpu = has_accelerator() or stage.device_memory is not None
     lora = kind == "lora" or getattr(stage, "use_lora", False)
+    adapter = stage if lora and isinstance(stage, AdapterArguments) else None
     aside = kind == "dpo" and not lora and not args.precompute_ref_log_probs
     try:
         return Work(
@@ -272,16 +276,16 @@ def make_work(
             device="cuda" if on_gpu else "cpu",
             gradient_checkpointing=args.gradient_checkpointing,
             expert_parallel_size=stage.expert_parallel_size,
-            trained=planner.lora_parameters(config, stage.lora_r, stage.lora_target) if lora else None,
+            trained=planner.lora_parameters(config, adapter.lora_r, adapter.lora_target) if adapter else None,
             reference=aside,
-            base_bits=4 if lora and stage.qlora else None,
+            base_bits=4 if adapter and adapter.qlora else None,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def count_steps(
-    kind: str, stage: StageArguments, args: TrainingArguments, work: Work, data: dict[str, Any], before: int | None
+    kind: str, stage: StageArguments, args: RunArguments, work: Work, data: dict[str, Any], before: int | None
 ) -> dict[str, Any]:
     """Tokens per step, steps, epochs and the schedule."""
     if kind == "dpo":  # a row is a pair, not packed
@@ -316,7 +320,7 @@ def count_steps(
     }
 
 
-def asked_strategy(args: TrainingArguments, stage: StageArguments) -> str:
+def asked_strategy(args: RunArguments, stage: StageArguments) -> str:
     """The planner's name for what the flags and the launcher ask for."""
     if args.deepspeed_plugin is not None:
         engine = args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
@@ -332,10 +336,11 @@ def asked_strategy(args: TrainingArguments, stage: StageArguments) -> str:
 
 
 def find_time(
-    kind: str, stage: StageArguments, args: TrainingArguments, work: Work, steps: dict[str, Any]
+    kind: str, stage: StageArguments, args: RunArguments, work: Work, steps: dict[str, Any]
 ) -> dict[str, Any]:
     """Seconds of the whole run, and where the speed comes from: given, measured here before, or from FLOP/s."""
-    speed, source = amount(stage.tokens_per_second), "--tokens_per_second"
+    speed = amount(stage.tokens_per_second)
+    source: str | None = "--tokens_per_second"
     flops = amount(stage.device_flops)
     if speed is None and flops is None and (speed := measured_speed(Path(args.output_dir))):
         source = "timing.jsonl of the output directory"
@@ -365,7 +370,7 @@ def measured_speed(directory: Path) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def resolved(stage: StageArguments, new: NewModelArguments | None, args: TrainingArguments) -> dict[str, Any]:
+def resolved(stage: StageArguments, new: NewModelArguments | None, args: RunArguments) -> dict[str, Any]:
     """Every argument of the stage, and those of the library that differ from its defaults here."""
     defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
     values = json.loads(args.to_json_string())

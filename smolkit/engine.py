@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,7 +63,7 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]: ...
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]: ...
 
 
 class _Sequence:
@@ -80,6 +80,12 @@ class _Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def place(self) -> Row:
+        """The row of a running sequence."""
+        assert self.row is not None
+        return self.row
 
     @property
     def in_prompt(self) -> bool:
@@ -140,8 +146,15 @@ class ContinuousBatch:
         """Forget what runs, and the cache (which may hold non-finite values after a failed step)."""
         self.running.clear()
         config, dtype, device = self.decoder.config, self.decoder.dtype, self.decoder.device
-        limits = {"max_rows": self.max_num_seqs, "max_columns": self.max_model_len, "budget": self.budget}
-        self.cache = Cache(config, dtype, device, prefix_share=PREFIX_SHARE * self.prefix_reuse, **limits)
+        self.cache = Cache(
+            config,
+            dtype,
+            device,
+            max_rows=self.max_num_seqs,
+            max_columns=self.max_model_len,
+            budget=self.budget,
+            prefix_share=PREFIX_SHARE * self.prefix_reuse,
+        )
 
     def start(self, request: GenerationRequest) -> _Sequence:
         """The state of a new request, to be given to `add`."""
@@ -179,7 +192,7 @@ class ContinuousBatch:
             self.waiting.popleft()
             self.running.append(sequence)
             sequence.row = row
-            if self.prefix_reuse:
+            if self.prefix_reuse and self.chunk is not None:
                 prompt = sequence.tokens[: sequence.prompt_length]
                 sequence.length = self.cache.fill_from_prefixes(sequence.request.adapter, prompt, self.chunk, row)
                 self.reused_tokens += sequence.length
@@ -192,7 +205,7 @@ class ContinuousBatch:
                 sequence.row = row
                 return
             latest = self.running.pop()
-            self.cache.release(latest.row)
+            self.cache.release(latest.place)
             latest.row, latest.length = None, 0
             self.waiting.appendleft(latest)
             self.preemptions += 1
@@ -218,7 +231,7 @@ class ContinuousBatch:
         start = sequences[0].length
         ends = [start + size if size else sequence.prompt_length for sequence in sequences]
         logits = self.decoder.prefill(
-            [sequence.row for sequence in sequences],
+            [sequence.place for sequence in sequences],
             [sequence.tokens[start:end] for sequence, end in zip(sequences, ends, strict=True)],
             start,
             [sequence.request.adapter for sequence in sequences],
@@ -226,15 +239,15 @@ class ContinuousBatch:
         )
         for sequence, end in zip(sequences, ends, strict=True):
             sequence.length = end
-            if self.prefix_reuse and end % self.chunk == 0:
-                self.cache.keep_prefix(sequence.request.adapter, sequence.tokens[:end], self.chunk, sequence.row)
+            if self.prefix_reuse and self.chunk is not None and end % self.chunk == 0:
+                self.cache.keep_prefix(sequence.request.adapter, sequence.tokens[:end], self.chunk, sequence.place)
         return [] if logits is None else self._choose_new(sequences, logits)
 
     def _decode(self) -> list[tuple[_Sequence, TokenEvent]]:
         """One token of every sequence that is past its prompt."""
         for sequence in [sequence for sequence in self.running if not sequence.in_prompt]:
             self._secure(sequence)
-        wanted = {sequence.row for sequence in self.running if not sequence.in_prompt}
+        wanted = {sequence.place for sequence in self.running if not sequence.in_prompt}
         racks = self.cache.racks_with(wanted)
         if not racks:
             return []
@@ -290,7 +303,8 @@ class ContinuousBatch:
         """What the prompt's own tokens were worth, where the request asks for it; see `TokenEvent`."""
         if request.prompt_logprobs is None:
             return None
-        prompt, scores = list(request.prompt_ids), [(None, ())]
+        prompt = list(request.prompt_ids)
+        scores: list[Scores] = [(None, ())]
         for logits in self.decoder.prompt_logits(prompt, request.adapter):
             tokens = prompt[len(scores) :]
             scores += [logprobs_of(row, i, request.prompt_logprobs) for row, i in zip(logits, tokens, strict=False)]
@@ -393,7 +407,7 @@ class TorchEngine:
             "preemptions": batch.preemptions,
         }
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
         """Yield the tokens of one request; see `Engine`. The prompt must leave room for `max_tokens`."""
         self._check(request)
         timeout = self._timeout if request.timeout is None else request.timeout

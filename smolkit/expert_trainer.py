@@ -13,12 +13,13 @@ from smol_model import SmolForCausalLM
 from smolkit import parallel
 from smolkit.errors import UserError
 from smolkit.files import write_json
+from smolkit.training import TrainerMixin
 
 PLACEMENT_FILE = "expert_parallel.json"  # in a checkpoint: its optimizer state is kept by name, for any placement
 
 
-class ExpertParallelMixin:
-    """Put it before `TrainerMixin` in the bases. Without spread experts it changes nothing."""
+class ExpertParallelMixin(TrainerMixin):
+    """Put it first in the bases. Without spread experts it changes nothing."""
 
     experts: parallel.ExpertGroups | None = None
 
@@ -172,8 +173,8 @@ class ExpertParallelMixin:
             parallel.shard_over_replicas(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def _by_name(self, checkpoint: str | None) -> bool:
-        return checkpoint is not None and saved_placement(checkpoint)["optimizer"] == "by name"
+    def _by_name(self, checkpoint: str) -> bool:
+        return saved_placement(checkpoint)["optimizer"] == "by name"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if not self._by_name(resume_from_checkpoint):
@@ -182,7 +183,7 @@ class ExpertParallelMixin:
         return None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._by_name(checkpoint):
+        if checkpoint is not None and self._by_name(checkpoint):
             saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
             parallel.load_optimizer_state(self._bare_optimizer(), self.model, saved)
             schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)

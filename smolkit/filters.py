@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class HashSet:
 
     def __init__(self) -> None:
         self.sorted = np.empty(0, dtype=np.uint64)
-        self.view = memoryview(self.sorted)
+        self.view = self.sorted.data
         self.newest: set[int] = set()
 
     def __contains__(self, value: int) -> bool:
@@ -70,7 +71,7 @@ class HashSet:
             newest = np.fromiter(self.newest, dtype=np.uint64, count=len(self.newest))
             self.sorted = np.concatenate([self.sorted, newest])
             self.sorted.sort()
-            self.view = memoryview(self.sorted)
+            self.view = self.sorted.data
             self.newest = set()
         return True
 
@@ -259,7 +260,7 @@ class NearDuplicates(Filter):
         self.kept: list = []
         self.last: tuple = (None, None)  # the record judged last and its signature, which `remember` needs again
 
-    def signature(self, record: dict):
+    def signature(self, record: dict) -> Any:
         from rensa import RMinHash
 
         if self.last[0] is not record:

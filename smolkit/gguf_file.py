@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -228,8 +229,8 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast, source: Path) -> str:
         raise UserError(f"{source}: the tokenizer normalises text ({normalizer['type']}), which llama.cpp does not")
     # Under this name llama.cpp takes a word whole if it is an entry, whatever the merges say.
     if model.get("ignore_merges", False) != (name == "llama-bpe"):
-        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-        plain = models.BPE(vocab=model["vocab"], merges=merges)
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        plain = models.BPE(vocab=model["vocab"], merges=[(left, right) for left, right in pairs])
         odd = next((token for token in model["vocab"] if len(plain.tokenize(token)) != 1), None)
         if odd is not None:
             raise UserError(f"{source}: no merges lead to the entry {odd!r}, so llama.cpp would find other ids")
@@ -286,7 +287,7 @@ def stored_tensors(source: Path) -> Iterator[tuple[str, Callable[[], Tensor], tu
             raise UserError(f"{source}: {file} is missing, which {index.name} names")
         handle = safe_open(source / file, framework="pt")
         for key in handle.keys():
-            yield key, (lambda handle=handle, key=key: handle.get_tensor(key)), tuple(handle.get_slice(key).get_shape())
+            yield key, partial(handle.get_tensor, key), tuple(handle.get_slice(key).get_shape())
 
 
 def type_of(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:

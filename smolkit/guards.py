@@ -23,6 +23,8 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from smolkit.errors import STOPPED, Interrupted, UserError
+from smolkit.packing import SeededOrder
+from smolkit.persistence import PersistenceMixin
 from smolkit.runs import leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's warning (--signal=USR1@300)
@@ -69,8 +71,10 @@ class Guard(TrainerCallback):
             control.should_save = True
 
 
-class GuardMixin:
+class GuardMixin(PersistenceMixin):
     """Put before a trainer in the bases, and call `begin_guards` when it is built."""
+
+    _order: SeededOrder | None  # of the rows, where it is ours
 
     def begin_guards(self) -> None:
         self._asked = 0  # the signal this process has received
@@ -157,9 +161,9 @@ class GuardMixin:
         total = sum(losses)
         scaled = self.accelerator.scaler is not None  # fp16: infinite gradients are the scaler's to handle
         bad = not math.isfinite(total) or not (scaled or norm is None or math.isfinite(float(norm)))
-        bad, self.stopping, highest = self.vote(bad, self._asked, total if math.isfinite(total) else -math.inf)
-        self.stopping = int(self.stopping)
-        if bad:
+        worst, asked, highest = self.vote(bad, self._asked, total if math.isfinite(total) else -math.inf)
+        self.stopping = int(asked)
+        if worst:
             self._leave_out(losses, norm)
             model.zero_grad(set_to_none=True)  # no gradient: the optimizer leaves weights and moments alone
             return 0.0
@@ -183,6 +187,7 @@ class GuardMixin:
                 "--skip_nonfinite N leave out up to N such updates"
             )
         skipped = self._skipped + 1
+        assert self._before is not None, "kept when the step began"
         self.set_window_state(self._before)
         self._skipped = skipped
         self._globalstep_last_logged += 1  # the mean of the window is over the other steps

@@ -15,6 +15,8 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
@@ -64,7 +66,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         labels = ("route", "status")
         self.requests = Counter("smollm_requests", "requests answered", labels, registry=self.registry)
-        timing = {"buckets": _SECONDS, "registry": self.registry}
+        timing: dict[str, Any] = {"buckets": _SECONDS, "registry": self.registry}
         self.seconds = Histogram("smollm_request_seconds", "time to the end of the answer", ("route",), **timing)
         self.first_token = Histogram("smollm_time_to_first_token_seconds", "of generations", **timing)
         self.prompt_tokens = Counter("smollm_prompt_tokens", "tokens read", registry=self.registry)
@@ -76,7 +78,7 @@ class Metrics:
         for name in ("num_running", "num_waiting"):
             if hasattr(engine, name):
                 gauge = Gauge(f"smollm_engine_{name}", "sequences in the engine", registry=self.registry)
-                gauge.set_function(lambda name=name: getattr(engine, name))
+                gauge.set_function(partial(getattr, engine, name))
 
     def observe(self, record: RequestRecord, route: str, seconds: float) -> None:
         self.requests.labels(route, str(record.status or 499)).inc()

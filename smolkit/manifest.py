@@ -65,7 +65,7 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and one line for each newer one that is not."""
-    skipped = []
+    skipped: list[str] = []
     for checkpoint in reversed(checkpoints(directory)):
         reason = problem(checkpoint)
         if reason is None:

@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -86,7 +86,7 @@ def _chat_choice(piece: Piece, logprobs: bool) -> dict[str, Any]:
         index=piece.index,
         message=message,
         logprobs=api.ChatLogprobs(content=piece.logprobs) if logprobs else None,
-        finish_reason=piece.finish_reason,
+        finish_reason=piece.finish_reason,  # type: ignore[arg-type]  # pydantic looks at it
     ).model_dump()
     if not piece.calls:
         del choice["message"]["tool_calls"]
@@ -98,7 +98,7 @@ def _text_choice(piece: Piece, logprobs: bool) -> dict[str, Any]:
         index=piece.index,
         text=piece.text,
         logprobs=_text_logprobs(piece) if logprobs else None,
-        finish_reason=piece.finish_reason,
+        finish_reason=piece.finish_reason,  # type: ignore[arg-type]  # pydantic looks at it
     ).model_dump()
 
 
@@ -121,6 +121,7 @@ class _ChatChunks:
         for call in piece.calls:
             deltas.append({"tool_calls": [{"index": self.num_calls[piece.index], **call.model_dump()}]})
             self.num_calls[piece.index] += 1
+        choices: list[dict[str, Any]]
         choices = [{"index": piece.index, "delta": d, "logprobs": None, "finish_reason": None} for d in deltas]
         if piece.logprobs and self.logprobs:
             chosen = next(choice for choice in choices if "role" not in choice["delta"])
@@ -148,12 +149,12 @@ class _TextChunks:
 
 async def _sse(
     job: Job,
-    pieces: AsyncIterator[Piece],
+    pieces: AsyncGenerator[Piece],
     head: dict[str, Any],
     chunks: _ChatChunks | _TextChunks,
     include_usage: bool,
     record: RequestRecord,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """Server-sent events; an error after the first one is an `error` event, as at OpenAI."""
     head = {**head, "object": chunks.object_name}
     if include_usage:
@@ -181,7 +182,7 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def _timed(pieces: AsyncIterator[Piece], record: RequestRecord) -> AsyncIterator[Piece]:
+async def _timed(pieces: AsyncGenerator[Piece], record: RequestRecord) -> AsyncGenerator[Piece]:
     """The same pieces; the first sets the record's clock."""
     async with aclosing(pieces):
         async for piece in pieces:
@@ -190,11 +191,11 @@ async def _timed(pieces: AsyncIterator[Piece], record: RequestRecord) -> AsyncIt
             yield piece
 
 
-async def _primed(pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def _primed(pieces: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
     """Wait for the first piece, so that a refusal still becomes an HTTP status."""
     first = await anext(pieces)
 
-    async def chained() -> AsyncIterator[Piece]:
+    async def chained() -> AsyncGenerator[Piece]:
         async with aclosing(pieces):
             yield first
             async for piece in pieces:
@@ -236,10 +237,10 @@ async def _respond(
         pieces = await _unless_disconnected(http, partial(_primed, timed))
         if pieces is None:
             return Response(status_code=499)
-        usage = bool(body.stream_options and body.stream_options.include_usage)
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
         chunks = _ChatChunks(logprobs) if chat else _TextChunks(logprobs)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        events = _sse(job, pieces, head, chunks, usage, record)
+        events = _sse(job, pieces, head, chunks, include_usage, record)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     async def collect() -> list[Piece]:
@@ -381,13 +382,16 @@ def _document(app: FastAPI) -> None:
                     operation["responses"].pop("422", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(name, None)
+        assert app.openapi_schema is not None, "`original` keeps what it made"
         return app.openapi_schema
 
-    app.openapi = openapi
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to change the document
 
 
 # Statuses that OpenAI's clients know; every one of them has this body.
-_ERRORS = {status: {"model": api.ErrorResponse} for status in (400, 401, 404, 413, 429, 431, 500, 503)}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": api.ErrorResponse} for status in (400, 401, 404, 413, 429, 431, 500, 503)
+}
 
 _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 

@@ -82,7 +82,8 @@ def unreadable(value: Any) -> str | None:
     while level:
         if depth > MAX_DEPTH:
             return f"nested deeper than {MAX_DEPTH} levels"
-        depth, below = depth + 1, []
+        depth += 1
+        below: list[Any] = []
         for item in level:
             if isinstance(item, dict):
                 below += item
@@ -357,8 +358,10 @@ class TopLogprob(BaseModel):
     bytes: list[int] | None = None
 
 
-class TokenLogprob(TopLogprob):
+class TokenLogprob(BaseModel):
+    token: str
     logprob: float | None = Field(description="null for the first token of an echoed prompt only")
+    bytes: list[int] | None = None
     top_logprobs: list[TopLogprob] = []
 
 

@@ -76,7 +76,7 @@ class MasterAdamW(torch.optim.Optimizer):
             for pieces in self._slices(group):
                 norms[spread] += torch._foreach_norm(self._in_float32(pieces))
         device = (norms[False] + norms[True])[0].device
-        if norms[True]:
+        if add_up is not None and norms[True]:
             elsewhere = torch.stack([norm.to(device) for norm in norms[True]]).square().sum()
             norms[False].append(add_up(elsewhere).sqrt())
         total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms[False]]))
@@ -84,7 +84,7 @@ class MasterAdamW(torch.optim.Optimizer):
         return total
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One AdamW update of the masters, then the weights become their rounded copies."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
@@ -143,7 +143,7 @@ class MasterAdamW(torch.optim.Optimizer):
             # Most weights are small, and a GPU waits for this loop: a weight that is one piece is not split.
             whole = weight.numel() <= size
             for parts in [flat] if whole else zip(*(tensor.split(size) for tensor in flat), strict=True):
-                together.append(Piece(*parts, step=state["step"]))
+                together.append(Piece._make((*parts, state["step"])))
                 room += len(parts[0])
                 if room >= size:
                     yield together

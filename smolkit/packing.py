@@ -117,7 +117,7 @@ def render_conversations(
     for row in rows:
         fitting = render_fitting(tokenizer, row["messages"], row.get("tools"), max_length)
         piece = Piece.of(fitting[0].input_ids, fitting[0].loss_mask) if fitting else None
-        if piece is None or not piece.trained_tokens:
+        if fitting is None or piece is None or not piece.trained_tokens:
             counts.dropped += 1
             continue
         whole = fitting[1] == len(row["messages"])
@@ -311,7 +311,7 @@ def pack_texts(
 
     Raises `UserError` at the first bad row.
     """
-    pack = {"best_fit": pack_rows, "blocks": pack_blocks}[strategy]
+    pack: Callable[[TokenStore, int, int], Dataset] = pack_rows if strategy == "best_fit" else pack_blocks
     store = tokenise(documents(end_id), files)
     train = pack(store, block_size, seed)
     evaluation = pack(tokenise(documents(end_id), eval_files), block_size, seed) if eval_files else None
@@ -329,7 +329,8 @@ def pack_conversations(
     max_eval_rows: int,
 ) -> TrainingRows:
     """Rows of the conversations in `files`, as `pack_texts`. Raises `UserError` when nothing is left to train on."""
-    store, held_out = (tokenise(conversations(max_length), each) if each else None for each in (files, eval_files))
+    store = tokenise(conversations(max_length), files)
+    held_out = tokenise(conversations(max_length), eval_files) if eval_files else None
     for each in (store, held_out):
         if each is not None and not len(each):
             raise UserError(
@@ -406,7 +407,7 @@ class LengthGroupedOrder(SeededOrder):
 
     STRETCH = 50
 
-    def __init__(self, lengths: Sequence[int], seed: int, batch_size: int, multiple: int = 1):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, seed: int, batch_size: int, multiple: int = 1):
         super().__init__(len(lengths), seed, multiple)
         self.lengths, self.batch_size = np.asarray(lengths), batch_size
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from smolkit.packing import IGNORE, LengthGroupedOrder, SeededOrder, best_fit, pair_lengths
+from smolkit.training import TrainerMixin
 
 # What TRL's head gives for every token, where it is asked for it.
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -41,13 +42,14 @@ class PairCollator:
         return {**batch, "pairs": torch.tensor([len(pairs)])}
 
 
-class PairLossMixin:
-    """Put between `TrainerMixin` and TRL's trainer of preference pairs; the trainer's collator is a `PairCollator`."""
+class PairLossMixin(TrainerMixin):
+    """Put before TRL's trainer of preference pairs; the trainer's collator is a `PairCollator`."""
 
     def get_train_dataloader(self) -> DataLoader:
         """With --train_sampling_strategy group_by_length, steps of pairs of similar length: less padding."""
         processes, rows = self.accelerator.num_processes, len(self.train_dataset)
         multiple = processes * self._train_batch_size if processes > 1 else 1
+        order: SeededOrder
         if self.args.train_sampling_strategy == "group_by_length":
             step = self._train_batch_size * self.args.gradient_accumulation_steps * processes
             order = LengthGroupedOrder(pair_lengths(self.train_dataset), self.order_seed(), step, multiple)
@@ -57,7 +59,7 @@ class PairLossMixin:
             return super().get_train_dataloader()
         if processes == 1:
             return self.ordered_dataloader(self.train_dataset, order)
-        return self.ordered_dataloader(ConcatDataset([self.train_dataset, [None]]), order)
+        return self.ordered_dataloader(ConcatDataset([self.train_dataset, [None]]), order)  # type: ignore[list-item]
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, weighted by this micro-batch's share of the pairs of the step."""

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from smol_model import Experts, SmolConfig
 from smolkit.errors import UserError
+from smolkit.runtime import default_device
 
 # --- which processes work together --------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ class ExpertGroups:
 def form_groups(size: int) -> ExpertGroups:
     """Form the expert groups of `size` processes (a collective call of all processes)."""
     # torchrun numbers its nodes, which tells apart what simulated nodes on one machine share: the host name
-    here, nodes = f"{os.environ.get('GROUP_RANK', '')}@{socket.gethostname()}", [None] * dist.get_world_size()
+    here, nodes = f"{os.environ.get('GROUP_RANK', '')}@{socket.gethostname()}", [""] * dist.get_world_size()
     dist.all_gather_object(nodes, here)
     ranks = group_ranks(nodes, size)
     group, _ = dist.new_subgroups_by_enumeration(ranks)
@@ -135,9 +136,9 @@ class Stopwatch:
             end.record()
             self.events.append((start, end))
         else:
-            start = time.perf_counter()
+            began = time.perf_counter()
             yield
-            self.seconds += time.perf_counter() - start
+            self.seconds += time.perf_counter() - began
 
     def read(self) -> float:
         """Seconds since the last reading."""
@@ -300,6 +301,7 @@ def tell_deepspeed(model: nn.Module, groups: ExpertGroups, stage: int) -> None:
     for layer in spread_layers(model):
         if stage < 3:
             layer.marker = Marker(groups.size * len(layer.down_proj))
+        parameter: Any  # to which DeepSpeed's attributes are added
         for parameter in layer.parameters():
             parameter.allreduce, parameter.group_name = False, name
             parameter.ds_zero_placement_family = "autoep_expert"
@@ -315,12 +317,12 @@ def shard_over_replicas(model: nn.Module, plugin: Any) -> None:
 
     plugin.cpu_ram_efficient_loading = False  # it would copy the first process's experts to all others
     layers = spread_layers(model)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = default_device()
     mesh = DeviceMesh.from_group(layers[0].groups.replicas, device.type)
     copies, world = layers[0].groups.copies, dist.get_world_size()
     for layer in layers:
         by_width = len(layer.down_proj) % copies  # fewer experts than replicas: an empty shard would have no address
-        fully_shard(
+        sharded = fully_shard(
             layer,
             mesh=mesh,
             reshard_after_forward=plugin.reshard_after_forward,
@@ -328,9 +330,9 @@ def shard_over_replicas(model: nn.Module, plugin: Any) -> None:
             mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
             shard_placement_fn=(lambda _: Shard(1)) if by_width else None,
         )
-        layer.set_gradient_divide_factor(world)
+        sharded.set_gradient_divide_factor(world)
         if device.type == "cpu" and copies > 1:  # gloo cannot divide while it sums
-            layer.set_force_sum_reduction_for_comms(True)
+            sharded.set_force_sum_reduction_for_comms(True)
 
 
 # --- what changes in a training step ------------------------------------------------------------------------
@@ -363,9 +365,10 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     for parameter in model.parameters():
         if parameter.grad is None:
             continue
+        local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         sharded = isinstance(parameter.grad, DTensor)
         times = 1 if sharded else copies if parameter in experts else world  # processes that hold this gradient
-        gradients.append(parameter.grad.to_local() if sharded else parameter.grad)
+        gradients.append(local)
         squares.append(torch.linalg.vector_norm(gradients[-1], dtype=torch.float32).square() / times)
     total = torch.stack(squares).sum()
     dist.all_reduce(total)

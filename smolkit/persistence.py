@@ -12,10 +12,11 @@ import os
 import random
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +31,29 @@ from smolkit.chat import save_tokenizer
 from smolkit.errors import UserError
 from smolkit.files import sync, write_json
 from smolkit.manifest import discard, rotate, seal
+from smolkit.optimizer import MasterAdamW
 from smolkit.run_report import RUN_FILES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+
+    from smolkit.command_line import RunArguments
+
+    class Host(Trainer):
+        """The trainer that our mixins are put before, once it is built."""
+
+        args: RunArguments
+        model: PreTrainedModel
+        model_wrapped: torch.nn.Module
+        optimizer: torch.optim.Optimizer
+        lr_scheduler: LambdaLR
+        processing_class: PreTrainedTokenizerFast
+        train_dataset: Any  # rows with a length, from `datasets` or ours
+        eval_dataset: Any
+        _metrics: dict[str, defaultdict[Any, list[Any]]]  # of TRL's trainers
+
+else:
+    Host = object
 
 
 class Continuation(TrainerCallback):
@@ -43,8 +66,14 @@ class Continuation(TrainerCallback):
         self.trainer.restore_window()
 
 
-class PersistenceMixin:
+class PersistenceMixin(Host):
     """Saving and loading; put before a trainer in the bases; call `begin_persistence` last of what adds callbacks."""
+
+    # sums of the mixins that build on this one, kept with a checkpoint
+    _tokens: int
+    _router: dict[str, torch.Tensor]
+    _router_batches: int
+    _skipped: int
 
     def begin_persistence(self) -> None:
         self._writing: Path | None = None  # where the library writes a checkpoint while it is not whole
@@ -52,6 +81,15 @@ class PersistenceMixin:
         self._publisher: Thread | None = None  # brings the last checkpoint to the disk, with --async_save
         self._publishing_error: Exception | None = None
         self.callback_handler.callbacks.insert(0, Continuation(self))
+
+    def is_sharded_by_engine(self) -> bool:
+        """Whether DeepSpeed or FSDP holds weights and optimizer."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def master_optimizer(self) -> MasterAdamW | None:
+        """The optimizer with the fp32 masters, out of accelerate's wrapper; None when there is none."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner if isinstance(inner, MasterAdamW) else None
 
     # what is open between two logs
 
@@ -155,7 +193,7 @@ class PersistenceMixin:
                 self._writing = None
             if self.args.should_save and self.state.best_global_step:
                 self.state.best_model_checkpoint = str(target.parent / f"checkpoint-{self.state.best_global_step}")
-                self.state.save_to_json(aside / target.name / "trainer_state.json")
+                self.state.save_to_json(str(aside / target.name / "trainer_state.json"))
 
         self._together(target, lambda: self._clear(aside))
         self._together(target, write)
@@ -255,6 +293,7 @@ class PersistenceMixin:
         if self.is_sharded_by_engine():
             return super()._load_best_model()
         best = self.state.best_model_checkpoint
+        assert best is not None, "the library asks only where there is one"
         self._load_from_checkpoint(best)
         masters = self.master_optimizer()
         if masters is not None:

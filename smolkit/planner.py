@@ -252,7 +252,7 @@ def activation_bytes(work: Work, width: int, autocast: bool = False) -> float:
     D, F, T = c.hidden_size, c.intermediate_size, work.length
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     residual = 4 if autocast else width  # under autocast the residual stream stays in fp32
-    layer = 2 * D * residual + 2 * D * width  # inputs of the norms; their outputs, as the products want them
+    layer: float = 2 * D * residual + 2 * D * width  # inputs of the norms; their outputs, as the products want them
     layer += (2 * query + 2 * key + c.qk_norm * (query + key)) * width
     layer += attention_weight_bytes(c, T, width, work.device)
     if c.num_experts:
@@ -357,7 +357,7 @@ def training_seconds(tokens: float, work: Work, speed: float | None, flops: floa
         return tokens / speed
     if not flops:
         return None
-    per_token = flops_per_token(work.config, work.length)
+    per_token: float = flops_per_token(work.config, work.length)
     if work.trained is not None:
         per_token *= 2 / 3  # no gradients of the frozen weights
     return tokens * per_token / (flops * mfu * work.devices)

@@ -16,9 +16,9 @@ def judge_preferences(rows: Sequence[dict[str, Any]], setting: Setting) -> Itera
         text = f"Only {len(margins)} windows were logged: too few to judge."
         yield Finding("note", "too_short", text, "train longer, or lower --logging_steps")
         return
-    margin, accuracy = last(rows, "rewards/margins"), last(rows, "rewards/accuracies")
-    chosen, rejected = last(rows, "rewards/chosen"), last(rows, "rewards/rejected")
-    loss, pure = last(rows, "loss"), tuple(setting.losses) == ("sigmoid",)
+    margin, accuracy = _last(rows, "rewards/margins"), _last(rows, "rewards/accuracies")
+    chosen, rejected = _last(rows, "rewards/chosen"), _last(rows, "rewards/rejected")
+    loss, pure = _last(rows, "loss"), tuple(setting.losses) == ("sigmoid",)
     count = max(1, len(margins) // 4)
     error = 3 * noise(margins) / math.sqrt(count)
     figures = f"margin {margin:+.3f}, accuracy {accuracy:.0%}"
@@ -50,6 +50,12 @@ def judge_preferences(rows: Sequence[dict[str, Any]], setting: Setting) -> Itera
     yield from _start(rows)
     yield from _falling(rows, chosen, rejected, margin, setting)
     yield from _held_out_preferences(rows, accuracy)
+
+
+def _last(rows: Sequence[dict[str, Any]], name: str) -> float:
+    value = last(rows, name)
+    assert value is not None, f"{name} is logged together with the margins"
+    return value
 
 
 def _no_preference(rows: Sequence[dict[str, Any]], loss: float, figures: str, pure: bool) -> Finding:

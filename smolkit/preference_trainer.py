@@ -16,7 +16,6 @@ from smolkit.errors import UserError
 from smolkit.expert_trainer import ExpertParallelMixin
 from smolkit.pairs import PairCollator, PairLossMixin, unpadded
 from smolkit.preferences import load_reference, save_reference
-from smolkit.training import TrainerMixin
 
 # Comparison of policy and reference before step 1, in nats per answer. Both see the same batches, so that even bf16
 # leaves next to no rounding.
@@ -24,7 +23,7 @@ CHECKED_PAIRS = 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
-class PreferenceTrainer(ExpertParallelMixin, TrainerMixin, PairLossMixin, DPOTrainer):
+class PreferenceTrainer(ExpertParallelMixin, PairLossMixin, DPOTrainer):
     """TRL's trainer on pairs that are rendered already.
 
     `keep_reference`: (Dataset) -> file where the reference's log-probabilities of these pairs are kept.
@@ -46,7 +45,8 @@ class PreferenceTrainer(ExpertParallelMixin, TrainerMixin, PairLossMixin, DPOTra
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference log-probabilities as two more columns: kept ones, or computed now and kept."""
-        file, kept = self.keep_reference(dataset), [None]
+        file = self.keep_reference(dataset)
+        kept: list[tuple[list[float], list[float]] | None] = [None]
         if self.accelerator.is_main_process:
             kept[0] = load_reference(file, len(dataset))
         broadcast_object_list(kept)  # what one process found decides for all
@@ -66,8 +66,9 @@ class PreferenceTrainer(ExpertParallelMixin, TrainerMixin, PairLossMixin, DPOTra
         if self.ref_model is not None or not self.is_deepspeed_enabled:
             return self.ref_model or self.model
         # the policy is not on its device yet, or in parts
-        self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
-        return self._precompute_engine
+        engine: Any = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+        self._precompute_engine = engine
+        return engine
 
     def log_probs(self, model: torch.nn.Module, dataset: Dataset, batch_size: int) -> tuple[list[float], list[float]]:
         """Summed log-probabilities of the chosen and the rejected answer of each pair under `model`."""

@@ -62,6 +62,7 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
+        assert args.output_dir is not None, "every script has a default"
         self.directory = Path(args.output_dir)
         self.writes = state.is_world_process_zero
         self.device, self.processes = args.device, args.world_size
@@ -142,6 +143,7 @@ class Progress(TrainerCallback):
         """Speed of a window of `seconds` on all processes together; memory of this one."""
         steps = state.global_step - self.last_step
         flops = state.total_flos - self.flops
+        assert self.peak is not None, "known since the run began"
         return {
             "tokens_per_second": round(tokens / seconds, 1),
             "mfu": round(flops / seconds / (self.peak.flops * self.processes), 4),

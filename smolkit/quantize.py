@@ -160,8 +160,9 @@ def _set_scales(model: nn.Module, method: str, group_size: int | None) -> tuple[
             weight = layer.weight.data = layer.weight.float()  # bf16 quotients would round to the wrong step
             groups = weight.unflatten(1, (-1, group_size or weight.shape[1]))  # (O, groups, size)
             scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
-            layer.weight_scale.copy_(scale)
-            rounded = fake_quantize(weight, layer.weight_scale.float(), zero, scheme.weights)
+            stored = layer.get_parameter("weight_scale")
+            stored.copy_(scale)
+            rounded = fake_quantize(weight, stored.float(), zero, scheme.weights)
             squared += float(weight.square().sum())
             moved += float((rounded - weight).square().sum())
     return len(layers), (moved / squared) ** 0.5
@@ -201,8 +202,8 @@ class Int8Product:
     """Several `Int8Linear` with the same input as one product of oneDNN (CPU): (N, I) -> (N, O)."""
 
     def __init__(self, layers: Sequence[Int8Linear]):
-        biases = [layer.bias for layer in layers]
-        self.bias = None if biases[0] is None else torch.cat(biases).float()
+        biases = [layer.bias for layer in layers if layer.bias is not None]  # all have one, or none
+        self.bias = torch.cat(biases).float() if biases else None
         self.scale = torch.cat([layer.scale for layer in layers])
         weight = torch.cat([layer.weight for layer in layers])
         self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
@@ -225,7 +226,8 @@ class Int8Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         steps, size = quantize_tokens(x)
-        how = (None, 1.0, 0, torch.float32, "none", [], "")  # bias, output scale and zero point, dtype, what follows
+        # bias, output scale and zero point, dtype, what follows
+        how: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
         y = torch.ops.onednn.qlinear_pointwise(steps, 1.0, 0, self.weight, self.scale, self.zero, *how).mul_(size)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
@@ -296,7 +298,7 @@ def _method_of(directory: Path, config: SmolConfig) -> str:
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    state = {}
+    state: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         state |= load_file(file)
     return state

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import TrainingArguments
 
 from smol_model import SmolConfig
 from smolkit.arguments import PlanArguments, StageArguments
 from smolkit.checkpoints import describe_model
+from smolkit.command_line import RunArguments
 from smolkit.doctor import expand_paths, validation_path
 from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError
@@ -56,7 +56,7 @@ class Job:
     `finished`: nothing is left to do. `checkpoint`: where an interrupted run continues, or None.
     """
 
-    args: TrainingArguments
+    args: RunArguments
     files: list[Path]
     eval_files: list[Path]
     dtype: torch.dtype
@@ -88,7 +88,7 @@ class Job:
             for name in (*RUN_FILES, *REPORT_FILES, WANDB_RUN):
                 if start is None or branched:
                     (directory / name).unlink(missing_ok=True)
-                if branched and name in RUN_FILES and (start.parent / name).is_file():
+                if start is not None and branched and name in RUN_FILES and (start.parent / name).is_file():
                     shutil.copyfile(start.parent / name, directory / name)  # training cuts it back to the checkpoint
             write_json(directory / SETTINGS_FILE, self.settings)
             if "wandb" in self.args.report_to and self.args.process_index == 0:
@@ -108,7 +108,7 @@ class Job:
 
 def open_job(
     stage: StageArguments,
-    args: TrainingArguments,
+    args: RunArguments,
     suffixes: Sequence[str],
     models: Iterable[str | Path | None],
     **more: Any,
@@ -122,6 +122,7 @@ def open_job(
     check_disk_offload(args)
     if args.deepspeed_plugin and torch.distributed.is_initialized():
         join_deepspeed()
+    assert stage.data_path, "validated"
     files = token_store(stage.data_path) or expand_paths(stage.data_path, suffixes)
     eval_files: list[Path] = []
     if stage.max_eval_rows:
@@ -147,7 +148,7 @@ def open_job(
     return Job(args, files, eval_files, dtype, save_dtype, settings, finished, checkpoint)
 
 
-def complete(args: TrainingArguments, step: int, config: SmolConfig, facts: dict[str, Any]) -> None:
+def complete(args: RunArguments, step: int, config: SmolConfig, facts: dict[str, Any]) -> None:
     """Leave the arguments as JSON, the report with its verdict, the model card, and the mark of a finished run."""
     directory = Path(args.output_dir)
     facts = {"model": describe_model(config), "datasets": prepared_datasets(directory), **facts}
@@ -167,7 +168,7 @@ def leave(trainer: Any) -> None:
     trainer.accelerator.end_training()
 
 
-def sharding_engine(args: TrainingArguments) -> str | None:
+def sharding_engine(args: RunArguments) -> str | None:
     """What divides weights or optimizer state among processes; None under DDP and with one process."""
     if args.deepspeed_plugin:
         zero = args.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {})
@@ -180,7 +181,7 @@ def sharding_engine(args: TrainingArguments) -> str | None:
     return f"FSDP{version}" if version else None
 
 
-def check_disk_offload(args: TrainingArguments) -> None:
+def check_disk_offload(args: RunArguments) -> None:
     """`UserError` when a DeepSpeed file offloads to a disk that is not there, or DeepSpeed lacks what it needs."""
     zero = args.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {}) if args.deepspeed_plugin else {}
     parts = [zero.get(name, {}) for name in ("offload_optimizer", "offload_param")]
@@ -205,7 +206,7 @@ def join_deepspeed() -> None:
     deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 
-def load_on_every_process(args: TrainingArguments) -> None:
+def load_on_every_process(args: RunArguments) -> None:
     """Under FSDP every process reads the weights itself, whatever the launcher's file says.
 
     With `cpu_ram_efficient_loading` only the first process has them until FSDP wraps the model for training. A model
@@ -217,7 +218,7 @@ def load_on_every_process(args: TrainingArguments) -> None:
         args.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
 
 
-def weights_dtype(name: str, args: TrainingArguments) -> torch.dtype:
+def weights_dtype(name: str, args: RunArguments) -> torch.dtype:
     """Dtype of the weights in training for `--weights_dtype`; `UserError` when flags contradict."""
     engine = sharding_engine(args)
     reason = (
@@ -232,7 +233,7 @@ def weights_dtype(name: str, args: TrainingArguments) -> torch.dtype:
 
 
 def run_settings(
-    stage: StageArguments, args: TrainingArguments, inputs: Iterable[str | Path], **more: Any
+    stage: StageArguments, args: RunArguments, inputs: Iterable[str | Path], **more: Any
 ) -> dict[str, Any]:
     """What determines the result of a run: arguments that matter, and a fingerprint of every input file."""
     ignored = """
@@ -271,7 +272,7 @@ def fingerprint(path: str | Path) -> str:
 Start = tuple[bool, str | None, list[str]]
 
 
-def _agreed(args: TrainingArguments, decide: Callable[[], Start]) -> Start:
+def _agreed(args: RunArguments, decide: Callable[[], Start]) -> Start:
     """What the main process decides: only one of them reads the checkpoints, and none can see another state of them.
 
     Raises its `UserError` on all processes.
@@ -290,7 +291,7 @@ def _agreed(args: TrainingArguments, decide: Callable[[], Start]) -> Start:
     return decision[0]
 
 
-def find_start(args: TrainingArguments, settings: dict[str, Any], resume: str) -> Start:
+def find_start(args: RunArguments, settings: dict[str, Any], resume: str) -> Start:
     """(finished, checkpoint to continue from, remarks) for an output directory. Changes nothing on disk.
 
     Raises `UserError` when the directory belongs to a run with other settings or to something else, when it cannot be

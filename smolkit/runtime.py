@@ -71,7 +71,7 @@ def has_accelerator() -> bool:
 
 def default_device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if has_accelerator() else torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def supports_bf16() -> bool:

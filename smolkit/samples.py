@@ -119,7 +119,7 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _prompt(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, chat: bool) -> Prompt:
-    messages = row.get("messages", row.get("prompt"))
+    messages: Any = row.get("messages", row.get("prompt"))
     if isinstance(messages, str):
         if not messages:
             raise UserError(f"{where}: the prompt is empty")

@@ -235,7 +235,7 @@ def load_engine(
         budget = int(kv_cache_gib * 2**30)
     try:
         return TorchEngine(
-            model.to(device),
+            model.to(device),  # type: ignore[arg-type]  # transformers hides its signature
             model_name=model_name,
             adapters=pairs,
             max_model_len=max_model_len,
@@ -248,7 +248,7 @@ def load_engine(
         raise UserError(str(error)) from None
 
 
-def default_budget(model: torch.nn.Module, sequences: int, length: int, device: torch.device) -> int:
+def default_budget(model: SmolForCausalLM, sequences: int, length: int, device: torch.device) -> int:
     """Bytes for keys and values: what so many sequences of such a length fill, but at most half of the free memory."""
     config = model.config
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize

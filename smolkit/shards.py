@@ -67,7 +67,7 @@ class Conversion:
 
     def identity(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         """All that the ids depend on, apart from the data."""
-        modules = (chat, inspect.getmodule(self.read), inspect.getmodule(self.convert))
+        modules = (chat, *(sys.modules[function.__module__] for function in (self.read, self.convert)))
         code = _digest("\0".join(inspect.getsource(module) for module in modules))
         return {
             "format": FORMAT,
@@ -344,6 +344,7 @@ def _converted(
     """Batches of rows converted in order, by this process or by `num_proc` others, with a progress bar."""
     batches = _batches(conversion.read(files))
     convert = partial(conversion.convert, **conversion.settings)
+    results: Iterator[tuple[Columns, dict[str, int]]]
     if num_proc == 1:
         results = (convert(tokenizer, batch) for batch in batches)
     else:
@@ -400,7 +401,7 @@ def _work(batch: list[dict[str, Any]]) -> tuple[Columns, dict[str, int]]:
     return _worker(batch)
 
 
-def _list_array(lists: Sequence[Sequence[int]]) -> pa.ListArray:
+def _list_array(lists: Sequence[Sequence[int] | np.ndarray]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, lists)])
     assert offsets[-1] < 2**31, "a batch fits into Arrow's 32-bit offsets"
     values = np.concatenate(lists).astype(np.int32, copy=False) if len(lists) else np.empty(0, np.int32)

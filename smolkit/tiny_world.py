@@ -388,8 +388,8 @@ def exam_items(world: World) -> Iterator[dict]:
             question, answer = refusal(language, rng, reserved=True)
             yield item("refusal", language, [question], [answer["content"], befriend(answer["content"], language)])
         for _ in range(30):
-            text, question, expected = passage(language, rng, reserved=True)
-            yield item("reading", language, [user(join([text, question], language))], expected)
+            text, asked, expected = passage(language, rng, reserved=True)
+            yield item("reading", language, [user(join([text, asked], language))], expected)
         for _ in range(30):
             question, answer = skill_conversation(language, rng, reserved=True)
             yield item("skill", language, [question], answer["content"])

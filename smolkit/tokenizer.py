@@ -244,8 +244,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
             size[i] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
     else:
         return None
-    for i, token in added.items():  # those that are not special are text, written as it is
-        size[i] = 0 if token.special else len(token.content.encode())
+    for i, entry in added.items():  # those that are not special are text, written as it is
+        size[i] = 0 if entry.special else len(entry.content.encode())
     return size
 
 
@@ -259,7 +259,7 @@ def summary(tokenizer: PreTrainedTokenizerFast, wanted: int = 0) -> str:
     lines.append(f"pre-tokenizer in llama.cpp: {llama_cpp_name(tokenizer) or 'unknown'}")
     for language, text in SAMPLES.items():
         ids = encode_text(tokenizer, text)
-        pieces = "|".join(tokenizer.decode([i]) for i in ids[:12])
+        pieces = "|".join(tokenizer.batch_decode([[i] for i in ids[:12]]))
         lines.append(f"{language}: {len(text.encode()) / len(ids):.2f} bytes per token, {pieces}|...")
     return "\n".join(lines)
 

@@ -27,7 +27,6 @@ from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
 from smolkit.parallel import fsdp_version
-from smolkit.persistence import PersistenceMixin
 from smolkit.progress import Progress
 from smolkit.runs import complete, leave
 from smolkit.tokenizer import token_bytes
@@ -38,14 +37,14 @@ DEAD = 0.1  # an expert with less than this part of an equal share of a micro-ba
 # --- trainers -----------------------------------------------------------------------------------------------
 
 
-class TrainerMixin(GuardMixin, PersistenceMixin):
+class TrainerMixin(GuardMixin):
     """Put before `Trainer` or a TRL trainer in the bases. Nothing here depends on what is trained."""
 
     def __init__(self, *args: Any, progress: Progress | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self._order: SeededOrder | None = None  # of the rows, where it is ours
+        self._order = None
         self.progress = progress or Progress()
         self.progress.evaluates = self.eval_dataset is not None
         if self.progress.samples is not None:
@@ -106,11 +105,6 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
             {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
         ]
 
-    def master_optimizer(self) -> MasterAdamW | None:
-        """The optimizer with the fp32 masters, out of accelerate's wrapper; None when there is none."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner if isinstance(inner, MasterAdamW) else None
-
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | float:
         masters = self.master_optimizer()
         return masters.clip_grad_norm(self.args.max_grad_norm) if masters else super()._clip_grad_norm(model)
@@ -127,7 +121,8 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
             dataset.total_dataset_length = len(order)
         loader = self._get_dataloader(dataset, "Training", self._train_batch_size, lambda _: order, is_training=True)
         self._order = order
-        loader.set_sampler(order)  # where accelerate looks for it when batches are skipped
+        # where accelerate looks for it when batches are skipped
+        loader.set_sampler(order)  # type: ignore[attr-defined]
         return loader
 
     # steps
@@ -141,14 +136,16 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
         self._tokens += inputs["input_ids"].numel() if tokens is None else int(tokens.sum())
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
         """Training FLOPs of a micro-batch; the library's version counts the parameters anew at every step."""
         if self._flops_per_token is None:
             config = self.model.config
             length = inputs["input_ids"].shape[-1]
-            exact = isinstance(config, SmolConfig)
-            flops = flops_per_token(config, length) if exact else 6 * self.model.num_parameters()
-            products = flops_per_token(config, -1) if exact else flops  # without attention, whose length is T + 1
+            if isinstance(config, SmolConfig):
+                flops = flops_per_token(config, length)
+                products = flops_per_token(config, -1)  # without attention, whose length is T + 1
+            else:
+                flops = products = 6 * self.model.num_parameters()
             # ZeRO-3 leaves empty tensors on a process, and says how large they are
             sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.model.parameters()]
             frozen = sum(size for size, trained in sizes if not trained) / sum(size for size, _ in sizes)
@@ -201,10 +198,6 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
                     return logs
         return self.evaluate()
 
-    def is_sharded_by_engine(self) -> bool:
-        """Whether DeepSpeed or FSDP holds weights and optimizer."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
-
     def is_sharded(self) -> bool:
         """Whether the weights may lie in parts on several processes."""
         return self.is_sharded_by_engine()
@@ -217,10 +210,11 @@ class TrainerMixin(GuardMixin, PersistenceMixin):
         if self.args.process_index:
             return None
         with torch.random.fork_rng(devices=[]):  # training's random numbers are its own
-            copy = SmolForCausalLM(deepcopy(self.model.config))
+            copy = SmolForCausalLM(deepcopy(self.model.config))  # type: ignore[arg-type]  # its class is ours, too
         missing, unexpected = copy.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= set(copy._tied_weights_keys), (missing, unexpected)
-        return copy.to(device=self.args.device, dtype=next(self.model.parameters()).dtype)
+        dtype = next(self.model.parameters()).dtype
+        return copy.to(device=self.args.device, dtype=dtype)  # type: ignore[call-arg]  # transformers hides its signature
 
 
 def _prepare_in_place(prepare: Callable, optimizer: Any, device_placement: Any = None) -> Any:
@@ -228,8 +222,8 @@ def _prepare_in_place(prepare: Callable, optimizer: Any, device_placement: Any =
     return prepare(optimizer, device_placement=False)
 
 
-class TokenLossMixin:
-    """Loss of token prediction by the model itself; put it before `TrainerMixin`.
+class TokenLossMixin(TrainerMixin):
+    """Loss of token prediction by the model itself.
 
     TRL's own loss also computes the entropy and accuracy of every token, which costs more than the loss.
     """
@@ -255,7 +249,7 @@ class TokenLossMixin:
         if processes == 1:
             return self.ordered_dataloader(self.train_dataset, order)
         blank = [blank_row(self.processing_class.pad_token_id)]
-        return self.ordered_dataloader(ConcatDataset([self.train_dataset, blank]), order)
+        return self.ordered_dataloader(ConcatDataset([self.train_dataset, blank]), order)  # type: ignore[list-item]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every `world_size`-th row on each process; a process that runs out gets a row without labels."""
@@ -268,7 +262,8 @@ class TokenLossMixin:
             batch["labels"][torch.tensor(numbers) >= len(rows)] = IGNORE
             return batch
 
-        return DataLoader(range(rank, padded, world), batch_size=self.args.eval_batch_size, collate_fn=collate)
+        own: Any = range(rank, padded, world)  # a dataset of numbers
+        return DataLoader(own, batch_size=self.args.eval_batch_size, collate_fn=collate)
 
     def byte_table(self) -> torch.Tensor | None:
         """Bytes of each token id, (V,), made once; None where the tokenizer has no such thing."""
@@ -313,7 +308,8 @@ class TokenLossMixin:
             # bytes, but their nats count: the figure is an upper bound, and a tight one for longer texts.
             metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / size
             metrics[f"{metric_key_prefix}_bytes"] = int(size)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+        none: Any = None  # kept of what was predicted
+        return EvalLoopOutput(predictions=none, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
 
 # --- ending -------------------------------------------------------------------------------------------------
@@ -325,7 +321,7 @@ def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
     Under DeepSpeed and FSDP the main process gets them on the CPU, the others nothing they may use.
     """
     if getattr(trainer, "experts", None) is not None:
-        return trainer.whole_weights()
+        return trainer.whole_weights()  # type: ignore[attr-defined]  # of ExpertParallelMixin
     masters = trainer.master_optimizer()
     if masters is not None:
         values = masters.master_of()

@@ -6,7 +6,7 @@ servers answer alike.
 
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import get_args
@@ -69,10 +69,10 @@ class VllmEngine:
     ) -> None:
         self._llm = AsyncLLM.from_engine_args(args)
         self._name = model_name
-        named = {None: own, **(loras or {})}
+        named: list[tuple[str | None, Path | None]] = [(None, own), *(loras or {}).items()]
         self._loras = {
             name: LoRARequest(name or model_name, number, str(path))
-            for number, (name, path) in enumerate(named.items(), start=1)
+            for number, (name, path) in enumerate(named, start=1)
             if path is not None
         }
         rows = self._llm.model_config.get_vocab_size()
@@ -91,7 +91,7 @@ class VllmEngine:
     def max_model_len(self) -> int:
         return self._llm.model_config.max_model_len
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
         """Yield the tokens of one request; vLLM queues without limit, so this is never busy."""
         prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
         lora = self._loras.get(request.adapter)
@@ -146,7 +146,7 @@ def _events(result: RequestOutput, request: GenerationRequest) -> list[TokenEven
         if finish not in (None, "stop", "length"):
             raise EngineError(f"generation ended early: {finish}")
         scores: Scores = (None, ())
-        if output.logprobs is not None:
+        if output.logprobs is not None and request.logprobs is not None:
             scores = _scores(output.logprobs[number], token_id, request.logprobs)
         events.append(TokenEvent(token_id, *scores, finish, None if events else prompt))
     return events

@@ -120,7 +120,7 @@ class Examiner:
         found = [*self._markers(parts), *_extreme(kind, size), *self._leak(path, kind, row)]
         findings = [Finding(path, number, code, text, "warning") for code, text in found]
         if self.tokenizer is not None:
-            complaint = self._count_tokens(kind, row, report)
+            complaint = self._count_tokens(self.tokenizer, kind, row, report)
             if complaint:
                 findings.append(Finding(path, number, "empty_mask", complaint))
         return findings
@@ -139,28 +139,30 @@ class Examiner:
         if place and not is_held_out(path, kind):
             yield "leak", f"this prompt is also held out in {place[0]}:{place[1]} — remove it from one of the two"
 
-    def _count_tokens(self, kind: str, row: Row, report: FileReport) -> str | None:
+    def _count_tokens(
+        self, tokenizer: PreTrainedTokenizerFast, kind: str, row: Row, report: FileReport
+    ) -> str | None:
         """Add the row's length in tokens; returns why nothing of it would be trained, or None."""
         tools, limit = row.get("tools"), self.max_length
         if kind == "pretrain":
-            report.tokens.append(len(encode_text(self.tokenizer, row["text"])) + 1)  # and the end of the document
+            report.tokens.append(len(encode_text(tokenizer, row["text"])) + 1)  # and the end of the document
             return None
         if kind == "exam":
-            report.tokens.append(len(render(self.tokenizer, row["messages"], tools, True).input_ids))
+            report.tokens.append(len(render(tokenizer, row["messages"], tools, True).input_ids))
             return None
         if kind == "dpo":
-            sides = [render(self.tokenizer, row["prompt"] + row[side], tools) for side in ("chosen", "rejected")]
+            sides = [render(tokenizer, row["prompt"] + row[side], tools) for side in ("chosen", "rejected")]
             length = max(len(side.input_ids) for side in sides)
             report.tokens.append(length)
             long = limit is not None and length - 1 > limit  # the last newline is not trained
             return f"{length} tokens, and pairs longer than {limit} are dropped — raise --max_length" if long else None
-        whole = render(self.tokenizer, row["messages"], tools)
+        whole = render(tokenizer, row["messages"], tools)
         length = len(whole.input_ids)
         report.tokens.append(length)
         if not any(whole.loss_mask):
             return "no token would be trained — use a tokenizer from train_tokenizer.py, which marks replies"
         if limit is not None and length > limit:
-            if render_fitting(self.tokenizer, row["messages"], tools, limit) is None:
+            if render_fitting(tokenizer, row["messages"], tools, limit) is None:
                 return f"{length} tokens, and no reply ends within {limit} — raise --max_length or remove the row"
             report.cut += 1
         return None
@@ -280,14 +282,15 @@ def _sampled(report: FileReport, examiner: Examiner, count: int) -> Iterator[lis
             yield examiner.look(number, row, report)
         return
     for offset, line in _spread_lines(path, count):
-        row = parse_line(path, 2, line)
-        if row is None:
+        parsed = parse_line(path, 2, line)
+        if parsed is None:
             continue
         report.rows += 1
-        findings = examiner.look(2, row, report)
+        findings = examiner.look(2, parsed, report)
         if findings:  # only now is the line number worth counting
             number = _line_number(path, offset)
-            findings = examiner.look(number, parse_line(path, number, line), FileReport(path, report.kind))
+            parsed = parse_line(path, number, line) or parsed  # a finding names the line
+            findings = examiner.look(number, parsed, FileReport(path, report.kind))
         yield findings
 
 

@@ -91,9 +91,9 @@ def _rows_as_written(path: Path) -> Iterator[tuple[int, Row | Finding, bytes]]:
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            row = parse_line(path, number, line)
-            if row is not None:
-                yield number, row, line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+            parsed = parse_line(path, number, line)
+            if parsed is not None:
+                yield number, parsed, line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
 
 
 def mend(row: Row) -> Row:

@@ -71,6 +71,7 @@ def expand_paths(spec: str | Path | Sequence[str | Path], suffixes: Sequence[str
 
 def _expand(entry: str, suffixes: tuple[str, ...]) -> list[Path]:
     path, kinds = Path(entry), ", ".join(suffixes)
+    files: Iterable[Path]
     if path.is_file():
         if path.suffix not in suffixes:
             raise UserError(f"{path}: unsupported file type {path.suffix or '(none)'} — expected {kinds}")

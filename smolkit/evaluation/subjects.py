@@ -170,11 +170,11 @@ def load_model(
     else:
         model = AutoModelForCausalLM.from_pretrained(require_checkpoint(path), dtype=dtype)
         assert type(model).__module__.startswith("transformers."), type(model)
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        if len(tokenizer) > model.get_input_embeddings().get_parameter("weight").shape[0]:
             raise UserError(f"{path}: the tokenizer has {len(tokenizer)} entries, more than the model has rows")
     if adapter is not None:
         model = merge_adapter(model, adapter)
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]  # transformers hides its signature
 
 
 def chat_end_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -252,7 +252,7 @@ def transformers_generate(
             width = max(map(len, part))
             ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part], device=model.device)  # (B, T)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
-            new = model.generate(
+            new = model.generate(  # type: ignore[operator]  # of GenerationMixin
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,

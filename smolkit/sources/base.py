@@ -4,6 +4,7 @@ row to our record. Nothing here touches the network or a file."""
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class Rejected(Exception):
@@ -89,7 +90,7 @@ def as_messages(turns: list[dict], role: str = "role", content: str = "content")
 
     Raises Rejected for an unknown role, an empty turn, or an order other than (system) user assistant user …
     ending with the assistant."""
-    messages = []
+    messages: list[dict[str, str]] = []
     for turn in turns:
         if turn[role] not in ROLES:
             raise Rejected(f"unknown role {turn[role]!r}")
@@ -142,7 +143,7 @@ def refuse_tied(better: object, worse: object) -> None:
         raise Rejected("tied scores" if a == b else "chosen scored below rejected")
 
 
-def as_number(value: object) -> float | None:
+def as_number(value: Any) -> float | None:
     """A finite number from a number or a numeric string; None for anything else ("N/A", NaN, missing)."""
     try:
         number = float(value)

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from datatrove.data import Document
@@ -87,7 +88,7 @@ def read_plan(path: Path) -> Plan:
         value = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
-    kinds = {"executor": str, "tasks": int, "workers": int, "tokenizer": str, "options": dict}
+    kinds: dict[str, Any] = {"executor": str, "tasks": int, "workers": int, "tokenizer": str, "options": dict}
     if not isinstance(value, dict) or value.get("executor") not in EXECUTORS:
         raise UserError(f"{path}: executor: must be one of {', '.join(EXECUTORS)}")
     for key, given in value.items():
@@ -313,7 +314,7 @@ def executor_of(part: str, stages: Sequence[Stage], folder: Path, plan: Plan) ->
     """The last stage's executor, which depends on the one before, and so on. Raises UserError."""
     executor = None
     for name, steps, tasks in stages:
-        at_most = plan.workers or (os.cpu_count() if plan.executor == "local" else tasks)
+        at_most = plan.workers or ((os.cpu_count() or 1) if plan.executor == "local" else tasks)
         named = {"job_name": f"{part}-{name}", "env_command": ENVIRONMENT} if plan.executor == "slurm" else {}
         try:
             executor = EXECUTORS[plan.executor](

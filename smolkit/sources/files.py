@@ -68,6 +68,7 @@ def hub_files(
         api.auth_check(source.repo, repo_type="dataset")
         if revision == "main":
             revision = api.dataset_info(source.repo, revision="main").sha
+            assert revision is not None, "the hub names the commit of every dataset"
         paths = api.list_repo_files(source.repo, repo_type="dataset", revision=revision)
     except (GatedRepoError, RepositoryNotFoundError):
         raise UserError(
@@ -244,7 +245,7 @@ def _array_values(chunks: Iterator[str]) -> Iterator[object]:
     """The elements of a JSON array, one after the other: memory holds one element and the chunks it came in."""
     decoder, text, at, exhausted = json.JSONDecoder(), next(chunks).lstrip(), 1, False
     while True:
-        at = BETWEEN.match(text, at).end()
+        at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
         if text.startswith("]", at):
             return
         try:

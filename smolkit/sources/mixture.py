@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,7 +27,8 @@ from smolkit.files import atomic_writer, write_json
 from smolkit.filters import Filters
 from smolkit.sources.pipeline import BYTES_PER_TOKEN, REPORT, Input, Settings, write_part
 
-KEYS = {"dataset": str, "weight": (int, float), "repeat": int, "max_records": int, "max_tokens": (int, float)}
+NUMBER = (int, float)
+KEYS: dict[str, Any] = {"dataset": str, "weight": NUMBER, "repeat": int, "max_records": int, "max_tokens": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ def prepare_mixture(
     given = size if by_bytes else rows
     for dataset, report in reports.items():
         passes = round(given[dataset] / sizes[dataset], 3)
-        share = round(given[dataset] / sum(given.values()), 4)
-        report["mixture"] = {"share": share, "passes": passes, "rows": rows[dataset], "bytes": size[dataset]}
+        fraction = round(given[dataset] / sum(given.values()), 4)
+        report["mixture"] = {"share": fraction, "passes": passes, "rows": rows[dataset], "bytes": size[dataset]}
     write_json(folder / REPORT, {"sources": reports, "mixture": asdict(mixture)})
     return {"sources": reports}
 

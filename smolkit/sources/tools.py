@@ -8,6 +8,7 @@ keeps text apart from control tokens."""
 import ast
 import json
 import re
+from typing import Any
 
 from smolkit.sources.base import ROLES, Rejected
 
@@ -33,7 +34,7 @@ def as_call(value: object) -> dict:
     """`{"name", "arguments"}`, bare or as OpenAI wraps it, as an OpenAI tool call. Raises Rejected."""
     function = value.get("function", value) if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
-    arguments = function.get("arguments") if name else None
+    arguments = function.get("arguments") if isinstance(function, dict) and name else None
     if isinstance(arguments, str):
         arguments = parse_json(arguments, "tool call arguments")
     if not isinstance(name, str) or not isinstance(arguments, dict):
@@ -46,7 +47,7 @@ def as_calls(text: str) -> list[dict]:
     return [as_call(each) for each in (value if isinstance(value, list) else [value])]
 
 
-def as_tools(value: object) -> list[dict]:
+def as_tools(value: Any) -> list[dict]:
     """A tool list (JSON text or objects, bare functions or OpenAI's wrapping) in OpenAI's form. Raises
     Rejected."""
     if isinstance(value, str):

@@ -15,8 +15,8 @@ def convert(row: dict, context: RowContext) -> dict:
     if row["source"] == "truthful_qa":
         raise Rejected("source truthful_qa is an evaluation set")
     answers = [c for c in row["completions"] if (c.get("response") or "").strip()]
-    scored = [(as_number(c.get("overall_score")), c["response"]) for c in answers]
-    scored = [(score, text) for score, text in scored if score is not None]
+    rated = [(as_number(c.get("overall_score")), c["response"]) for c in answers]
+    scored = [(score, text) for score, text in rated if score is not None]
     if len(scored) < 2:
         raise Rejected("fewer than two scored answers")
     best, chosen = max(scored, key=lambda pair: pair[0])
