@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         serve(app, sock, args.drain_seconds)
     finally:
         engine.close()
+    if engine.dead:
+        raise SystemExit("error: vLLM's engine died; its own messages above say why")
 
 
 if __name__ == "__main__":

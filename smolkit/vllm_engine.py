@@ -4,7 +4,10 @@ vLLM never sees text: rendering, detokenising, stop strings and tool calls stay 
 servers answer alike.
 """
 
+import argparse
 import json
+import os
+import signal
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -18,8 +21,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -33,7 +38,22 @@ def engine_args(arguments: Sequence[str]) -> AsyncEngineArgs:
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="serve_vllm.py (vLLM's engine arguments)"))
     # Grammars are llguidance's, see smolkit.grammar.
     parser.set_defaults(structured_outputs_config=StructuredOutputsConfig(backend="guidance"))
-    return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+    if current_platform.is_cpu():
+        parser.set_defaults(worker_cls="smolkit.vllm_cpu.Worker", gpu_memory_utilization=None)
+    args = parser.parse_args(list(arguments))
+    if args.gpu_memory_utilization is None:
+        _bound_memory(args)
+    return AsyncEngineArgs.from_cli_args(args)
+
+
+def _bound_memory(args: argparse.Namespace) -> None:
+    """Half of the memory that is free now for keys and values: vLLM would take 92 % of all there is, or refuse."""
+    args.gpu_memory_utilization = AsyncEngineArgs.gpu_memory_utilization
+    if args.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return
+    free = min(get_memory_node_info(node).available_memory for node in get_visible_memory_node())
+    workers = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
+    args.kv_cache_memory_bytes = free // 2 // workers
 
 
 def lora_flags(directories: Sequence[Path]) -> list[str]:
@@ -67,7 +87,13 @@ class VllmEngine:
         loras: Mapping[str, Path] | None = None,
         own: Path | None = None,
     ) -> None:
-        self._llm = AsyncLLM.from_engine_args(args)
+        try:
+            self._llm = AsyncLLM.from_engine_args(args)
+        except (OSError, RuntimeError, ValueError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            reason = lines[1] if "validation error" in lines[0] and len(lines) > 2 else lines[0]
+            raise UserError(f"vLLM cannot serve {args.model}: {reason[:500]}") from None
+        self.dead = False
         self._name = model_name
         named = {None: own, **(loras or {})}
         self._loras = {
@@ -101,7 +127,12 @@ class VllmEngine:
                 async for output in outputs:
                     for event in _events(output, request):
                         yield event
-        except (EngineDeadError, EngineGenerateError) as error:
+        except EngineGenerateError as error:
+            raise EngineError("generation failed") from error
+        except EngineDeadError as error:
+            if not self.dead:  # nothing brings it back: whoever runs the server has to see that, as with vLLM's own
+                self.dead = True
+                signal.raise_signal(signal.SIGTERM)
             raise EngineError("generation failed") from error
 
     def _sampling_params(self, request: GenerationRequest) -> SamplingParams:
