@@ -304,13 +304,18 @@ def documented_commands(root: Path, title: str) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["serve_hf.py", "serve_vllm.py"])
 def test_documented_commands(
-    root: Path, script: str, quantisable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    script: str,
+    quantisable: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Every line of the README about the engines, with a tiny checkpoint in the place of the quickstart's."""
     from peft import LoraConfig, get_peft_model
 
     if script == "serve_vllm.py":
-        pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+        request.getfixturevalue("vllm_python")
     monkeypatch.setenv("SMOLLM_CACHE", str(tmp_path / "cache"))
     base = SmolForCausalLM.from_pretrained(quantisable)
     wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
@@ -345,11 +350,11 @@ def quantisable(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Tem
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["int8", "int4"])
+@pytest.mark.usefixtures("vllm_python")
 def test_vllm_serves_quantised_directories(
     root: Path, quantisable: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first token of the directory that serve_vllm.py makes is the one our engine finds most likely, too."""
-    pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
     monkeypatch.setenv("SMOLLM_CACHE", str(tmp_path))
     answers = []
     for script, flags in (("serve_vllm.py", ["--enforce_eager"]), ("serve_hf.py", [])):  # eager: it starts sooner
@@ -364,9 +369,9 @@ def test_vllm_serves_quantised_directories(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("vllm_python")
 def test_vllm_serves_adapters(root: Path, checkpoint: Path, adapter: Path) -> None:
     """Beside the model, and an unmerged directory as it lies: both servers answer alike."""
-    pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
     answers: dict[str, list[str]] = {}
     sides = {"serve_vllm.py": ["--dtype", "float32", "--enforce_eager"], "serve_hf.py": ["--dtype", "fp32"]}
     for script, dtype in sides.items():
@@ -381,24 +386,35 @@ def test_vllm_serves_adapters(root: Path, checkpoint: Path, adapter: Path) -> No
     assert plain[0] == plain[1] != skill[0] == skill[1] == own[0] == own[1]
 
 
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+import serve_vllm
+from smolkit.vllm_engine import engine_args
+
+sizes = []
+for words in json.loads(sys.argv[1]):
+    if words[:2] == ["python", "serve_vllm.py"]:
+        args, rest = serve_vllm.parse(words[2:])
+        parsed = engine_args(["--model", args.model_path, *rest])
+        sizes.append((parsed.tensor_parallel_size, parsed.pipeline_parallel_size, parsed.data_parallel_size))
+    elif words[:2] == ["vllm", "serve"]:
+        validate_parsed_serve_args(make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:]))
+    else:
+        assert words[:2] == ["ray", "start"]
+print("SIZES", json.dumps(sizes))
+"""
+
+
 @pytest.mark.slow
-def test_vllm_accepts_the_documented_commands(root: Path) -> None:
+def test_vllm_accepts_the_documented_commands(root: Path, vllm_python: str) -> None:
     """Every `serve_vllm.py` and vLLM command of the README about several GPUs and nodes, by their own parsers."""
-    pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    import serve_vllm
-    from smolkit.vllm_engine import engine_args
-
-    seen = set()
-    for words in documented_commands(root, "Several GPUs and nodes"):
-        if words[:2] == ["python", "serve_vllm.py"]:
-            args, rest = serve_vllm.parse(words[2:])
-            parsed = engine_args(["--model", args.model_path, *rest])
-            seen.add((parsed.tensor_parallel_size, parsed.pipeline_parallel_size, parsed.data_parallel_size))
-        elif words[:2] == ["vllm", "serve"]:
-            validate_parsed_serve_args(make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:]))
-        else:
-            assert words[:2] == ["ray", "start"]
-    assert {(4, 1, 1), (1, 1, 4), (8, 2, 1)} <= seen
+    commands = documented_commands(root, "Several GPUs and nodes")
+    arguments = [vllm_python, "-c", PARSE, json.dumps(commands)]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=root, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("SIZES "))
+    sizes = set(map(tuple, json.loads(line.removeprefix("SIZES "))))
+    assert {(4, 1, 1), (1, 1, 4), (8, 2, 1)} <= sizes
