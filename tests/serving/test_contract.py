@@ -1,6 +1,5 @@
 """What the API promises beyond plain answers, on both engines: scored prompts, constrained answers, tokens."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids, encode_text, render
-from smolkit.engine import TorchEngine
 from smolkit.openai_api import create_app
-from smolkit.sampling import GenerationRequest, TokenEvent
 from smolkit.serving import serving
 
 from .conftest import WEATHER, ScriptedEngine
@@ -77,24 +74,20 @@ def test_echo_scores_the_prompt(
         assert result.usage.completion_tokens == 0
 
 
-def test_padded_rows_have_no_share_of_the_probability(
-    model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast
+def test_padded_rows_keep_their_share_of_the_probability(
+    client: openai.OpenAI, model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Ours only: vLLM normalises over all rows of the head, which in trained models makes no difference."""
-    prompt = encode_text(tokenizer, "What is photosynthesis?")
-    engine = TorchEngine(model, vocab_limit=len(tokenizer))
-
-    async def first() -> TokenEvent:
-        async for event in engine.generate(GenerationRequest(prompt, 3, prompt_logprobs=0)):
-            return event
-
-    scores = asyncio.run(first()).prompt_logprobs
-    engine.close()
+    """As in transformers, so that lm-evaluation-harness scores alike; but they are never chosen, nor named."""
+    prompt, size = encode_text(tokenizer, "What is photosynthesis?"), len(tokenizer)
     with torch.inference_mode():
-        expected = model(torch.tensor([prompt])).logits[0, :, : len(tokenizer)].log_softmax(-1)
-    assert scores[0] == (None, ()) and len(scores) == len(prompt)
-    own = [float(row[i]) for row, i in zip(expected, prompt[1:], strict=False)]
-    assert [logprob for logprob, _ in scores[1:]] == pytest.approx(own, abs=1e-4)
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert expected[:, size:].exp().sum(-1).min() > 1e-4, "without a share of theirs there is nothing to see"
+    fields: dict[str, Any] = dict(model="tiny", prompt=prompt, max_tokens=1, temperature=0, logprobs=5)
+    scores = client.completions.create(**fields, echo=True).choices[0].logprobs
+    own = [float(row[i]) for row, i in zip(expected, [*prompt[1:], int(expected[-1, :size].argmax())], strict=True)]
+    assert scores.token_logprobs[1:] == pytest.approx(own, abs=1e-3)
+    chosen = client.completions.create(**fields).choices[0].logprobs
+    assert chosen.token_logprobs == pytest.approx(own[-1:], abs=1e-3)
 
 
 def test_echo_streams_and_needs_no_logprobs(client: openai.OpenAI) -> None:

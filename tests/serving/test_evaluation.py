@@ -70,7 +70,7 @@ def test_replies_are_judged_alike(url: str, checkpoint: Path, tokenizer: PreTrai
 
 
 def test_prompts_are_scored_alike(moe_url: str, moe: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """On a model without padded vocabulary rows: a server may leave those out of the softmax."""
+    """Log-probabilities are over all rows of the vocabulary, on both sides."""
     server, local = ServedModel(moe_url, tokenizer=tokenizer), both(moe, tokenizer)
     agree(server, local, lambda subject: likelihoods.choice_results("choices", CHOICES, subject))
     agree(server, local, lambda subject: likelihoods.choice_results("choices", CHOICES, subject, chat=True))
