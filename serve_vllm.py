@@ -13,6 +13,8 @@ served over its base model. Flags that are not listed here go to vLLM's engine a
 
 import argparse
 import logging
+import signal
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sock = listen(args.host, args.port)
     tokenizer = load_tokenizer(directory)
     weights = cached(directory, args.quantization) if args.quantization in ("int8", "int4") else directory
+    # vLLM takes a minute to start its processes: until `serve` takes over, SIGTERM has to end them, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     engine = VllmEngine(
         engine_args(["--model", str(weights), *lora_flags([*loras.values(), *filter(None, [adapter])]), *rest]),
         model_name=name,

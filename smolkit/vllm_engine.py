@@ -4,7 +4,6 @@ vLLM never sees text: rendering, detokenising, stop strings and tool calls stay 
 servers answer alike.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -28,6 +27,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from smolkit.cache import cache_budget
 from smolkit.engine import EngineError
 from smolkit.errors import UserError
 from smolkit.sampling import GenerationRequest, Scores, TokenEvent
@@ -40,20 +40,23 @@ def engine_args(arguments: Sequence[str]) -> AsyncEngineArgs:
     parser.set_defaults(structured_outputs_config=StructuredOutputsConfig(backend="guidance"))
     if current_platform.is_cpu():
         parser.set_defaults(worker_cls="smolkit.vllm_cpu.Worker", gpu_memory_utilization=None)
-    args = parser.parse_args(list(arguments))
-    if args.gpu_memory_utilization is None:
-        _bound_memory(args)
-    return AsyncEngineArgs.from_cli_args(args)
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
 
 
-def _bound_memory(args: argparse.Namespace) -> None:
-    """Half of the memory that is free now for keys and values: vLLM would take 92 % of all there is, or refuse."""
+def _bound_memory(args: AsyncEngineArgs) -> None:
+    """On CPUs keys and values take what serve_hf.py gives them: vLLM would take 92 % of all memory, or refuse."""
+    if args.gpu_memory_utilization is not None:
+        return
     args.gpu_memory_utilization = AsyncEngineArgs.gpu_memory_utilization
     if args.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return
+    model = args.create_model_config()
+    heads = model.get_total_num_kv_heads() * model.get_head_size()
+    token = 2 * model.get_total_num_hidden_layers() * heads * model.dtype.itemsize
+    wanted = cache_budget(token, args.max_num_seqs or 16, model.max_model_len)
     free = min(get_memory_node_info(node).available_memory for node in get_visible_memory_node())
     workers = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
-    args.kv_cache_memory_bytes = free // 2 // workers
+    args.kv_cache_memory_bytes = min(wanted, free // 2) // workers
 
 
 def lora_flags(directories: Sequence[Path]) -> list[str]:
@@ -88,6 +91,7 @@ class VllmEngine:
         own: Path | None = None,
     ) -> None:
         try:
+            _bound_memory(args)
             self._llm = AsyncLLM.from_engine_args(args)
         except (OSError, RuntimeError, ValueError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import openai
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -25,7 +27,7 @@ from smolkit.errors import UserError
 from smolkit.sampling import GenerationRequest
 from smolkit.serving import load_engine, newest_checkpoint, parse_loras
 
-from .conftest import WEATHER, ScriptedEngine, started, tiny_config
+from .conftest import VLLM_FLAGS, WEATHER, ScriptedEngine, started, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +386,28 @@ def test_vllm_serves_adapters(root: Path, checkpoint: Path, adapter: Path) -> No
                     answers.setdefault(model, []).append(answer)
     plain, skill, own = (answers[name] for name in (checkpoint.name, "skill", adapter.name))
     assert plain[0] == plain[1] != skill[0] == skill[1] == own[0] == own[1]
+
+
+@pytest.mark.slow
+def test_vllm_that_cannot_start_says_why_in_one_line(root: Path, checkpoint: Path, vllm_python: str) -> None:
+    command = [vllm_python, "serve_vllm.py", "--model_path", str(checkpoint), "--max_model_len", "5000", "--port", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert last.startswith(f"error: vLLM cannot serve {checkpoint}: ") and "5000" in last
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm_python")
+def test_vllm_server_ends_with_its_engine(root: Path, checkpoint: Path) -> None:
+    """Instead of answering everything with an error for ever: whoever supervises it can start it anew."""
+    with started(root, "serve_vllm.py", "--model_path", checkpoint, *VLLM_FLAGS) as (url, process):
+        body = {"prompt": "The process", "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 500
+        assert process.wait(60) == 1
 
 
 PARSE = """
