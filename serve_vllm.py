@@ -13,6 +13,8 @@ served over its base model. Flags that are not listed here go to vLLM's engine a
 
 import argparse
 import logging
+import signal
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -57,6 +59,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args(argv)
     if args.quantization == "fp8" and not torch.cuda.is_available():
         raise UserError("--quantization fp8: vLLM has fp8 kernels for GPUs only, and torch sees none; use int8 or int4")
+    if args.quantization in ("int8", "int4") and "float32" in rest:
+        raise UserError(f"--quantization {args.quantization}: vLLM computes it in 16 bits only: no --dtype float32")
     for name in ENGINE_FLAGS:
         if (value := getattr(args, name)) is not None:
             rest += [f"--{name}", str(value)]
@@ -83,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sock = listen(args.host, args.port)
     tokenizer = load_tokenizer(directory)
     weights = cached(directory, args.quantization) if args.quantization in ("int8", "int4") else directory
+    # vLLM takes a minute to start its processes: until `serve` takes over, SIGTERM has to end them, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     engine = VllmEngine(
         engine_args(["--model", str(weights), *lora_flags([*loras.values(), *filter(None, [adapter])]), *rest]),
         model_name=name,
@@ -101,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         serve(app, sock, args.drain_seconds)
     finally:
         engine.close()
+    if engine.dead:
+        raise SystemExit("error: vLLM's engine died; its own messages above say why")
 
 
 if __name__ == "__main__":

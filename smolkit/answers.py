@@ -4,8 +4,6 @@ Streamed and whole answers are made from the same pieces, so they agree to the c
 """
 
 import asyncio
-import json
-import uuid
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ from smolkit.errors import UserError
 from smolkit.grammar import Grammar, Grammars
 from smolkit.openai_types import ApiError
 from smolkit.sampling import GenerationRequest, TokenEvent
-from smolkit.text_stream import Detokenizer, StopStrings, ToolCallStream
+from smolkit.text_stream import CallPart, Detokenizer, StopStrings, ToolCallStream
 
 MAX_CHOICES_PER_REQUEST = 128
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -34,7 +32,7 @@ class Piece:
 
     index: int
     text: str = ""
-    calls: list[api.ToolCall] = field(default_factory=list)
+    calls: list[CallPart] = field(default_factory=list)
     logprobs: list[api.TokenLogprob] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # of `logprobs`, in characters of the choice's text
     finish_reason: str | None = None
@@ -49,6 +47,7 @@ class Job:
     stops: list[str]
     prompt_tokens: int
     parse_tools: bool = False
+    call_fragments: bool = False  # tool calls while they are written, instead of each as a whole
     single_call: bool = False
     echo: bool = False
     prompt_only: bool = False  # echo with max_tokens 0: the engine's one token is thrown away
@@ -96,6 +95,7 @@ class Answers:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=self._grammar(body, tools, single),
             parse_tools=bool(tools),
+            call_fragments=bool(body.stream),
             single_call=single,
         )
 
@@ -280,8 +280,8 @@ class _ChoiceText:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, job: Job, index: int) -> None:
         self.tokenizer, self.job, self.index = tokenizer, job, index
         self.detokenizer, self.stops = Detokenizer(tokenizer), StopStrings(job.stops)
-        self.calls = ToolCallStream() if job.parse_tools else None
-        self.num_tokens = self.num_calls = 0
+        self.calls = ToolCallStream(job.call_fragments) if job.parse_tools else None
+        self.num_tokens = 0
         self.decoded = self.shown = 0  # characters known, and characters past the stop strings
         self.waiting: list[tuple[int, api.TokenLogprob]] = []  # log-probabilities of tokens not shown yet
 
@@ -310,14 +310,9 @@ class _ChoiceText:
             text += self.stops.flush()
         self.shown += len(text)
         self._show_logprobs(piece)
-        text, calls = self._split(text, piece.finish_reason is not None)
-        if calls and self.job.single_call:
-            calls, piece.finish_reason = calls[:1], "stop"
+        if self.calls is not None:
+            text, piece.calls = self._split(self.calls, text, piece)
         piece.text += text
-        piece.calls = [_tool_call(call) for call in calls]
-        self.num_calls += len(calls)
-        if piece.finish_reason == "stop" and self.num_calls:
-            piece.finish_reason = "tool_calls"
         return piece
 
     def _echo(self, piece: Piece, event: TokenEvent) -> None:
@@ -339,13 +334,16 @@ class _ChoiceText:
             piece.offsets.append(offset)
             piece.logprobs.append(entry)
 
-    def _split(self, text: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
-        if self.calls is None:
-            return text, []
-        content, calls = self.calls.push(text)
-        if last:
-            rest, more = self.calls.flush()
+    def _split(self, stream: ToolCallStream, text: str, piece: Piece) -> tuple[str, list[CallPart]]:
+        """Content and calls of a text. A complete call may end the answer, and says why it ended."""
+        content, calls = stream.push(text)
+        if piece.finish_reason is not None:
+            rest, more = stream.flush()
             content, calls = content + rest, calls + more
+        if stream.complete and self.job.single_call:
+            calls, piece.finish_reason = [call for call in calls if call.index <= stream.complete[0]], "stop"
+        if stream.complete and piece.finish_reason == "stop":
+            piece.finish_reason = "tool_calls"
         return content, calls
 
     def _logprob(
@@ -360,14 +358,6 @@ class _ChoiceText:
         if "\ufffd" in text and all(character in _BYTE_OF for character in written):  # part of a character
             return {"token": text, "bytes": [_BYTE_OF[character] for character in written]}
         return {"token": text, "bytes": list(text.encode())}  # type: ignore[union-attr]
-
-
-def _tool_call(call: dict[str, Any]) -> api.ToolCall:
-    arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    if not api.encodable(arguments):  # an escaped lone surrogate is JSON, but not UTF-8
-        arguments = json.dumps(call["arguments"])
-    name = call["name"] if api.encodable(call["name"]) else ascii(call["name"])[1:-1]
-    return api.ToolCall(id=f"call_{uuid.uuid4().hex}", function=api.FunctionCall(name=name, arguments=arguments))
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:

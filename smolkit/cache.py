@@ -28,6 +28,12 @@ def room_for(columns: int) -> int:
     return (columns + 1) // COLUMN_BLOCK * COLUMN_BLOCK + COLUMN_BLOCK
 
 
+def cache_budget(token_bytes: int, sequences: int, length: int) -> int:
+    """Bytes that so many sequences of such a length need, at `token_bytes` for the keys and values of a token."""
+    # A quarter more than the tokens: for prefixes, and because rows are longer than what is in them.
+    return int(1.25 * token_bytes * sequences * length) + 2**28
+
+
 @dataclass(eq=False)
 class Row:
     """Where a sequence (`owner`, with `length` columns filled) lives: a row of one of the racks of a shelf."""

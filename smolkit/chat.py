@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -476,6 +476,17 @@ def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     kept: list[str] = []
     calls: list[dict[str, Any]] = []
     position = 0
+    for start, end, call in find_tool_calls(text):
+        kept.append(text[position:start].removesuffix("\n"))
+        calls.append({"name": call["name"], "arguments": call["arguments"]})
+        position = end
+    kept.append(text[position:])
+    return "".join(kept), calls
+
+
+def find_tool_calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(start, end, call) of every well-formed call in a text, its tags included; see `parse_tool_calls`."""
+    position = 0
     for start in _CALL_START.finditer(text):
         if start.start() < position:  # the tag is inside the JSON of the call before
             continue
@@ -487,8 +498,5 @@ def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
         well_formed = isinstance(call, dict) and isinstance(call.get("name"), str)
         if not well_formed or not isinstance(call.get("arguments"), dict) or closing is None:
             continue
-        kept.append(text[position : start.start()].removesuffix("\n"))
-        calls.append({"name": call["name"], "arguments": call["arguments"]})
         position = closing.end()
-    kept.append(text[position:])
-    return "".join(kept), calls
+        yield start.start(), position, call

@@ -49,10 +49,9 @@ class Projection:
     weights, each for its own rows of the batch.
     """
 
-    def __init__(self, *layers: nn.Module, rows: int | None = None):
-        """`rows`: keep only so many outputs (of a single layer)."""
+    def __init__(self, *layers: nn.Module):
         self.layers: tuple[nn.Module, ...] = ()
-        self.rows, self.packed = rows, False
+        self.packed = False
         self.adapters: dict[str, Pair] = {}
         self.int8: Int8Product | None = None
         quantised = [layer for layer in layers if type(layer) is Int8Linear]
@@ -64,7 +63,7 @@ class Projection:
             self.layers = layers
             return
         with torch.no_grad():
-            weights = [layer.weight[:rows] for layer in plain]
+            weights = [layer.weight for layer in plain]
             self.sizes = [len(weight) for weight in weights]
             self.weight = weights[0] if len(layers) == 1 else torch.cat(weights)
             biases: list[Tensor] = [layer.bias for layer in plain]
@@ -85,7 +84,7 @@ class Projection:
         if self.int8 is not None:
             return self.int8(x)
         if self.layers:
-            return torch.cat([layer(x) for layer in self.layers], dim=-1)[:, : self.rows]
+            return torch.cat([layer(x) for layer in self.layers], dim=-1)
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
@@ -183,10 +182,10 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling
 class Decoder:
     """Prefill and decode steps of one model over rows of a `Cache`. Not thread-safe; call it under inference mode.
 
-    The weights are those the model had when this was built. `vocab_limit` cuts padded vocabulary rows off.
+    The weights are those the model had when this was built.
     """
 
-    def __init__(self, model: nn.Module, vocab_limit: int | None = None):
+    def __init__(self, model: nn.Module):
         # A PEFT model injects its layers into the model it wraps; the wrapped model is then the complete one.
         unwrap = getattr(model, "get_base_model", None)
         model = unwrap() if unwrap is not None else model
@@ -198,9 +197,7 @@ class Decoder:
             layers = cast(Iterable[SmolDecoderLayer], model.model.layers)
             self.layers = [_Layer(layer, model.config) for layer in layers]
             self.norm, self.eps = model.model.norm.weight, model.config.rms_norm_eps
-            rows = model.lm_head.weight.shape[0]
-            self.vocab_size = min(vocab_limit or rows, rows)
-            self.head = Projection(model.lm_head, rows=self.vocab_size)
+            self.head = Projection(model.lm_head)
 
     def adapt(self, name: str, pairs: dict[str, Pair]) -> None:
         """Add a LoRA adapter beside the weights: (A, scaled B) by module name. ValueError for what cannot be added."""

@@ -107,8 +107,9 @@ class ContinuousBatch:
     depend on other requests, and whole chunks can be reused by prompts that begin alike, to the last bit. `chunk` None
     runs new sequences whole and together, without reuse.
 
-    `vocab_limit` cuts padded vocabulary rows off (the embedding may be larger than the tokenizer); `budget` is bytes
-    for keys and values, None unlimited. Not thread-safe: one thread owns it.
+    `vocab_limit`: padded vocabulary rows (the embedding may be larger than the tokenizer) are never chosen; they keep
+    their share of the probability, as in transformers and vLLM. `budget` is bytes for keys and values, None unlimited.
+    Not thread-safe: one thread owns it.
     """
 
     def __init__(
@@ -123,7 +124,9 @@ class ContinuousBatch:
         budget: int | None = None,
         prefix_reuse: bool = True,
     ) -> None:
-        self.decoder = Decoder(model, vocab_limit)
+        self.decoder = Decoder(model)
+        rows = self.decoder.config.vocab_size
+        self.vocab_size = min(vocab_limit or rows, rows)
         self.max_num_seqs, self.max_num_batched_tokens, self.chunk = max_num_seqs, max_num_batched_tokens, chunk
         self.max_model_len = min(max_model_len or 1 << 62, self.decoder.config.max_position_embeddings)
         self.budget, self.prefix_reuse = budget, prefix_reuse and None not in (chunk, budget)
@@ -158,7 +161,7 @@ class ContinuousBatch:
 
     def start(self, request: GenerationRequest) -> _Sequence:
         """The state of a new request, to be given to `add`."""
-        return _Sequence(request, self.decoder.vocab_size)
+        return _Sequence(request, self.vocab_size)
 
     def add(self, sequence: _Sequence) -> None:
         """Let a sequence wait for its place."""
@@ -275,14 +278,15 @@ class ContinuousBatch:
 
     def _choose(self, sequences: Sequence[_Sequence], logits: Tensor) -> list[tuple[_Sequence, TokenEvent]]:
         """Sample from logits (R, V); sequences that end here leave the batch."""
-        values, ids = logits.max(-1)
+        allowed = logits[:, : self.vocab_size]
+        values, ids = allowed.max(-1)
         best, finite = ids.tolist(), values.isfinite().tolist()
         results = []
         for row, sequence in enumerate(sequences):
             if not finite[row]:
                 raise FloatingPointError("the model produced non-finite logits")
             request = sequence.request
-            token = best[row] if sequence.sampler.plain_greedy else sequence.sampler.pick(logits[row])
+            token = best[row] if sequence.sampler.plain_greedy else sequence.sampler.pick(allowed[row])
             sequence.tokens.append(token)
             finish: FinishReason | None = None
             if sequence.sampler.failed:
@@ -291,7 +295,7 @@ class ContinuousBatch:
                 finish = "stop"
             elif sequence.num_generated >= request.max_tokens:
                 finish = "length"
-            logprob, top = logprobs_of(logits[row], token, request.logprobs)
+            logprob, top = logprobs_of(logits[row], token, request.logprobs, self.vocab_size)
             scores = self._prompt_scores(request) if sequence.num_generated == 1 else None
             results.append((sequence, TokenEvent(token, logprob, top, finish, scores)))
         for sequence, event in results:
@@ -307,7 +311,8 @@ class ContinuousBatch:
         scores: list[Scores] = [(None, ())]
         for logits in self.decoder.prompt_logits(prompt, request.adapter):
             tokens = prompt[len(scores) :]
-            scores += [logprobs_of(row, i, request.prompt_logprobs) for row, i in zip(logits, tokens, strict=False)]
+            pairs, count = zip(logits, tokens, strict=False), request.prompt_logprobs
+            scores += [logprobs_of(row, token, count, self.vocab_size) for row, token in pairs]
         return tuple(scores)
 
 

@@ -28,6 +28,7 @@ from smolkit.answers import Answers, Job, Piece
 from smolkit.engine import DeadlineExceeded, Engine, EngineBusy, EngineError
 from smolkit.http_guard import Guard, Limits, Metrics, RequestRecord
 from smolkit.openai_types import ApiError
+from smolkit.text_stream import CallPart
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,17 @@ def _likely(entry: api.TokenLogprob) -> dict[str, float] | None:
     return likely
 
 
+def _tool_calls(parts: list[CallPart]) -> list[api.ToolCall]:
+    calls: dict[int, api.ToolCall] = {}
+    for part in parts:
+        if part.name is not None:
+            calls[part.index] = api.new_tool_call(part.name)
+        calls[part.index].function.arguments += part.arguments
+    return list(calls.values())
+
+
 def _chat_choice(piece: Piece, logprobs: bool) -> dict[str, Any]:
-    message = api.AssistantMessage(content=piece.text, tool_calls=piece.calls or None)
+    message = api.AssistantMessage(content=piece.text, tool_calls=_tool_calls(piece.calls) or None)
     if piece.calls and not piece.text:
         message.content = None
     choice = api.ChatChoice(
@@ -103,24 +113,29 @@ def _text_choice(piece: Piece, logprobs: bool) -> dict[str, Any]:
 
 
 class _ChatChunks:
-    """Streamed chat choices: a role chunk first, then deltas, then the finish reason."""
+    """Streamed chat choices: a role chunk first, then deltas, then the finish reason.
+
+    Of a tool call: a delta with its id, its name and no arguments first, then the arguments as they are written.
+    """
 
     object_name = "chat.completion.chunk"
 
     def __init__(self, logprobs: bool) -> None:
         self.logprobs = logprobs
-        self.num_calls: dict[int, int] = {}
+        self.begun: set[int] = set()
 
     def of(self, piece: Piece) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
-        if piece.index not in self.num_calls:
-            self.num_calls[piece.index] = 0
+        if piece.index not in self.begun:
+            self.begun.add(piece.index)
             deltas.append({"role": "assistant", "content": ""})
         if piece.text or piece.logprobs:
             deltas.append({"content": piece.text})
-        for call in piece.calls:
-            deltas.append({"tool_calls": [{"index": self.num_calls[piece.index], **call.model_dump()}]})
-            self.num_calls[piece.index] += 1
+        for part in piece.calls:
+            call = {"function": {"arguments": part.arguments}}
+            if part.name is not None:
+                call = api.new_tool_call(part.name).model_dump()
+            deltas.append({"tool_calls": [{"index": part.index, **call}]})
         choices: list[dict[str, Any]]
         choices = [{"index": piece.index, "delta": d, "logprobs": None, "finish_reason": None} for d in deltas]
         if piece.logprobs and self.logprobs:

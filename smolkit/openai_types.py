@@ -352,6 +352,12 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
+def new_tool_call(name: str) -> ToolCall:
+    """A call without arguments yet."""
+    name = name if encodable(name) else ascii(name)[1:-1]  # an escaped lone surrogate is JSON, but not UTF-8
+    return ToolCall(id=f"call_{uuid.uuid4().hex}", function=FunctionCall(name=name, arguments=""))
+
+
 class TopLogprob(BaseModel):
     token: str
     logprob: float

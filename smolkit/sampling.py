@@ -146,9 +146,13 @@ class Sampler:
         return index if token_ids is None else int(token_ids[index])
 
 
-def logprobs_of(logits: Tensor, token: int, count: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+def logprobs_of(logits: Tensor, token: int, count: int | None, vocab_size: int) -> Scores:
+    """(log-probability of the token, the `count` most likely tokens with theirs) from logits (V,); None: neither.
+
+    All V rows share the probability, padded ones included, but only the first `vocab_size` are tokens.
+    """
     if count is None:
         return None, ()
-    log_probabilities = logits.log_softmax(-1)
-    values, ids = log_probabilities.topk(min(count, len(logits)))
+    log_probabilities = logits.log_softmax(-1)[:vocab_size]
+    values, ids = log_probabilities.topk(min(count, vocab_size))
     return float(log_probabilities[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))

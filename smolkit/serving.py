@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
+from smolkit.cache import cache_budget
 from smolkit.chat import chat_stop_ids
 from smolkit.checkpoints import merge_adapter, require_adapter
 from smolkit.engine import TorchEngine
@@ -256,8 +257,7 @@ def default_budget(model: SmolForCausalLM, sequences: int, length: int, device: 
         free = torch.cuda.mem_get_info(device)[0] - sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
     else:
         free = psutil.virtual_memory().available
-    # A quarter more than the tokens: for prefixes, and because rows are longer than what is in them.
-    return min(int(1.25 * token * sequences * length) + 2**28, free // 2)
+    return min(cache_budget(token, sequences, length), free // 2)
 
 
 def parse_loras(items: Sequence[str], model_name: str) -> dict[str, Path]:

@@ -5,15 +5,20 @@ parts add up to exactly the text that would have been returned at once. `flush` 
 ends.
 """
 
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from smolkit.chat import parse_tool_calls
+from smolkit.chat import find_tool_calls
 
 REPLACEMENT = "\ufffd"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+# A call as templates and grammars write it, up to the first brace of its arguments. Its name, quoted, is group 1.
+_CALL_HEAD = re.compile(r'\n?<tool_call>\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
 
 class Detokenizer:
@@ -79,46 +84,146 @@ class StopStrings:
         return held
 
 
-class ToolCallStream:
-    """Separates tool calls from content, with the same result as `parse_tool_calls` on the whole text.
+@dataclass(frozen=True)
+class CallPart:
+    """The next part of the tool call `index` of an answer: its name comes with the first one, and only there."""
 
-    A call is given out whole, when its closing tag has arrived; a malformed call is content.
+    index: int
+    name: str | None
+    arguments: str
+
+
+class ToolCallStream:
+    """Separates tool calls from content, as `parse_tool_calls` does on the whole text: each call whole, or in parts.
+
+    `fragments`: a call begins as soon as its name and the first brace of its arguments have arrived, and goes on while
+    the model writes. Without, it comes when its closing tag has arrived. Either way arguments are spelled as the model
+    spelled them. A malformed call is content, unless it has begun by then, which cannot be taken back: its arguments
+    are what the model wrote, and the rest is content.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fragments: bool = False) -> None:
+        self.complete: list[int] = []  # the well-formed calls so far
+        self._fragments = fragments
+        self._num_begun = 0
         self._held = ""
         self._searched = 0  # up to here the held text has no undecided closing tag
+        self._arguments: _ObjectEnd | None = None  # of a call that has begun; the held text begins with that call
 
-    def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """(content that is certain, calls completed by this piece)."""
+    def push(self, text: str) -> tuple[str, list[CallPart]]:
+        """(content that is certain, what this piece adds to calls)."""
         self._held += text
         start = self._held.find(CALL_OPEN)
         if start < 0:
             keep = max(_overlap(self._held, "\n" + CALL_OPEN), _overlap(self._held, CALL_OPEN))
             return self._release(len(self._held) - keep), []
         content = self._release(start - 1 if self._held[:start].endswith("\n") else start)
-        calls: list[dict[str, Any]] = []
+        parts = self._fragment() if self._fragments else []
         while (end := self._held.find(CALL_CLOSE, self._searched)) >= 0:
             self._searched = end + len(CALL_CLOSE)
             # The tag may also be inside a JSON string: then nothing parses yet, and a later tag decides.
-            before, found = parse_tool_calls(self._held[: self._searched])
-            if found:
-                content, calls = content + before, calls + found
-                self._release(self._searched)
+            if found := list(find_tool_calls(self._held[: self._searched])):
+                before, calls = self._take(found)
+                after, later = self.push("")  # text after the last call is ordinary again
+                return content + before + after, parts + calls + later
         self._searched = max(self._searched, len(self._held) - len(CALL_CLOSE) + 1)
-        if calls:
-            more, _ = self.push("")  # text after the last call is ordinary again
-            content += more
-        return content, calls
+        return content, parts
 
-    def flush(self) -> tuple[str, list[dict[str, Any]]]:
-        held, self._held = self._held, ""
-        return parse_tool_calls(held)
+    def flush(self) -> tuple[str, list[CallPart]]:
+        content, parts = self._take(list(find_tool_calls(self._held)))
+        if self._arguments is not None:  # it has begun, and is malformed or cut off
+            self._release(self._arguments.position)
+        return content + self._release(len(self._held)), parts
+
+    def _fragment(self) -> list[CallPart]:
+        """What has arrived since the last time of the call that the held text begins with."""
+        parts: list[CallPart] = []
+        if self._arguments is None:
+            # What has not begun by then has no such beginning, and is not searched for it again and again.
+            head = _CALL_HEAD.match(self._held) if len(self._held) < 1000 else None
+            if head is None or (name := _string(head[1])) is None:
+                return []
+            self._arguments = _ObjectEnd(head.end())
+            parts.append(self._begin(name))
+        if fragment := self._arguments.advance(self._held):
+            parts.append(CallPart(self._num_begun - 1, None, fragment))
+        return parts
+
+    def _take(self, found: Sequence[tuple[int, int, dict[str, Any]]]) -> tuple[str, list[CallPart]]:
+        """Content and calls of the held text up to the last of the calls found in it; they are released."""
+        content, parts, position = "", [], 0
+        for start, end, call in found:
+            begun, self._arguments = self._arguments, None
+            if begun is None or start > len("\n"):  # another one than that which has begun
+                position = begun.position if begun else position
+                content += self._held[position:start].removesuffix("\n")
+                parts.append(self._begin(call["name"]))
+                arguments = _as_written(self._held[start:end], call["arguments"])
+                parts.append(CallPart(self._num_begun - 1, None, arguments))
+            self.complete.append(self._num_begun - 1)
+            position = end
+        self._release(position)
+        return content, parts
+
+    def _begin(self, name: str) -> CallPart:
+        self._num_begun += 1
+        return CallPart(self._num_begun - 1, name, "")
 
     def _release(self, count: int) -> str:
         released, self._held = self._held[:count], self._held[count:]
-        self._searched = 0
+        if count:
+            self._searched = 0
         return released
+
+
+class _ObjectEnd:
+    """Where a JSON object ends, in a text that grows: behind the brace that closes it, or where a string is broken."""
+
+    def __init__(self, start: int) -> None:
+        self.position = start
+        self.found = self._quoted = self._escaped = False
+        self._depth = 0
+
+    def advance(self, text: str) -> str:
+        """The part of the object that was not there before; `text` is all there is by now."""
+        start = self.position
+        while self.position < len(text) and not self.found:
+            character = text[self.position]
+            self.found = self._quoted and character < " "  # strings have no line breaks: nobody closed this one
+            if not self.found:
+                self._read(character)
+                self.position += 1
+        return text[start : self.position]
+
+    def _read(self, character: str) -> None:
+        if self._quoted:
+            self._quoted = self._escaped or character != '"'
+            self._escaped = character == "\\" and not self._escaped
+        elif character == '"':
+            self._quoted = True
+        elif character in "{[":
+            self._depth += 1
+        elif character in "}]":
+            self._depth -= 1
+            self.found = self._depth == 0
+
+
+def _as_written(call: str, arguments: dict[str, Any]) -> str:
+    """The arguments of a well-formed call as they are written in it; anew where they are not where they should be."""
+    if head := _CALL_HEAD.match(call):
+        written = _ObjectEnd(head.end()).advance(call)
+        if json.loads(written) == arguments:
+            return written
+    written = json.dumps(arguments, ensure_ascii=False)
+    # An escaped lone surrogate is JSON, but has no UTF-8 form.
+    return json.dumps(arguments) if re.search("[\ud800-\udfff]", written) else written
+
+
+def _string(written: str) -> str | None:
+    try:
+        return json.loads(written)
+    except ValueError:
+        return None
 
 
 def _overlap(text: str, word: str) -> int:

@@ -5,6 +5,8 @@ servers answer alike.
 """
 
 import json
+import os
+import signal
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -18,11 +20,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from smolkit.cache import cache_budget
 from smolkit.engine import EngineError
 from smolkit.errors import UserError
 from smolkit.sampling import GenerationRequest, Scores, TokenEvent
@@ -33,7 +38,25 @@ def engine_args(arguments: Sequence[str]) -> AsyncEngineArgs:
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="serve_vllm.py (vLLM's engine arguments)"))
     # Grammars are llguidance's, see smolkit.grammar.
     parser.set_defaults(structured_outputs_config=StructuredOutputsConfig(backend="guidance"))
+    if current_platform.is_cpu():
+        parser.set_defaults(worker_cls="smolkit.vllm_cpu.Worker", gpu_memory_utilization=None)
     return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+
+
+def _bound_memory(args: AsyncEngineArgs) -> None:
+    """On CPUs keys and values take what serve_hf.py gives them: vLLM would take 92 % of all memory, or refuse."""
+    if args.gpu_memory_utilization is not None:
+        return
+    args.gpu_memory_utilization = AsyncEngineArgs.gpu_memory_utilization
+    if args.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return
+    model = args.create_model_config()
+    heads = model.get_total_num_kv_heads() * model.get_head_size()
+    token = 2 * model.get_total_num_hidden_layers() * heads * model.dtype.itemsize
+    wanted = cache_budget(token, args.max_num_seqs or 16, model.max_model_len)
+    free = min(get_memory_node_info(node).available_memory for node in get_visible_memory_node())
+    workers = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
+    args.kv_cache_memory_bytes = min(wanted, free // 2) // workers
 
 
 def lora_flags(directories: Sequence[Path]) -> list[str]:
@@ -67,7 +90,14 @@ class VllmEngine:
         loras: Mapping[str, Path] | None = None,
         own: Path | None = None,
     ) -> None:
-        self._llm = AsyncLLM.from_engine_args(args)
+        try:
+            _bound_memory(args)
+            self._llm = AsyncLLM.from_engine_args(args)
+        except (OSError, RuntimeError, ValueError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            reason = lines[1] if "validation error" in lines[0] and len(lines) > 2 else lines[0]
+            raise UserError(f"vLLM cannot serve {args.model}: {reason[:500]}") from None
+        self.dead = False
         self._name = model_name
         named: list[tuple[str | None, Path | None]] = [(None, own), *(loras or {}).items()]
         self._loras = {
@@ -101,7 +131,12 @@ class VllmEngine:
                 async for output in outputs:
                     for event in _events(output, request):
                         yield event
-        except (EngineDeadError, EngineGenerateError) as error:
+        except EngineGenerateError as error:
+            raise EngineError("generation failed") from error
+        except EngineDeadError as error:
+            if not self.dead:  # nothing brings it back: whoever runs the server has to see that, as with vLLM's own
+                self.dead = True
+                signal.raise_signal(signal.SIGTERM)
             raise EngineError("generation failed") from error
 
     def _sampling_params(self, request: GenerationRequest) -> SamplingParams:

@@ -1,5 +1,6 @@
 """What every test room shares: the checkout, the real samples, a way to run a script as a user would."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -35,6 +36,15 @@ def samples() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no real samples at {directory} (set SMOLLM_SAMPLES)")
     return directory
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter that has vLLM: `$SMOLLM_VLLM_PYTHON`, else this one; without either the test is skipped."""
+    python = os.environ.get("SMOLLM_VLLM_PYTHON") or sys.executable
+    if python == sys.executable and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here (requirements-vllm-*.txt), and SMOLLM_VLLM_PYTHON is not set")
+    return python
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,12 +43,12 @@ if __name__ == "__main__":
 """
 
 
-def in_vllm(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
+def in_vllm(python: str, directory: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy continuations by vLLM, in a process of its own."""
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     program = directory.parent / "program.py"  # its engine starts processes that import the program
     program.write_text(PROGRAM)
-    command = [sys.executable, str(program), json.dumps([str(directory), prompts, NEW])]
+    command = [python, str(program), json.dumps([str(directory), prompts, NEW])]
     result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     line = next(line for line in result.stdout.splitlines() if line.startswith("ANSWERS"))
@@ -59,8 +58,7 @@ def in_vllm(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("saved_by", ["us", "transformers"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_vllm_continues_like_our_model(kind: str, saved_by: str, tmp_path: Path) -> None:
-    pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+def test_vllm_continues_like_our_model(kind: str, saved_by: str, tmp_path: Path, vllm_python: str) -> None:
     torch.manual_seed(0)
     config = SmolConfig(**SHAPE | MODELS[kind])
     model = SmolForCausalLM(config) if saved_by == "us" else AutoModelForCausalLM.from_config(config.to_native())
@@ -69,4 +67,4 @@ def test_vllm_continues_like_our_model(kind: str, saved_by: str, tmp_path: Path)
     prompts = torch.randint(config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(1))
     expected = ours.generate(prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)[:, prompts.shape[1] :]
     assert len(set(expected.flatten().tolist())) > NEW, "a model that repeats itself shows nothing"
-    assert in_vllm(tmp_path / "model", prompts.tolist()) == expected.tolist()
+    assert in_vllm(vllm_python, tmp_path / "model", prompts.tolist()) == expected.tolist()

@@ -167,8 +167,7 @@ def url(
 ) -> Iterator[str]:
     """A real server over the tiny model on a free loopback port: one suite for both engines."""
     if request.param == "vllm":
-        if "SMOLLM_VLLM_PYTHON" not in os.environ:
-            pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+        request.getfixturevalue("vllm_python")
         with started(root, "serve_vllm.py", "--model_path", checkpoint, *VLLM_FLAGS) as (base, _):
             yield base
         return
@@ -195,8 +194,7 @@ def moe_url(
 ) -> Iterator[str]:
     """A real server over it, under the name of `tiny`."""
     if request.param == "vllm":
-        if "SMOLLM_VLLM_PYTHON" not in os.environ:
-            pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+        request.getfixturevalue("vllm_python")
         with started(root, "serve_vllm.py", "--model_path", moe, *VLLM_FLAGS) as (base, _):
             yield base
         return

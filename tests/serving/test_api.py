@@ -219,6 +219,50 @@ def test_tool_calls(scripted: Scripted, tokenizer: PreTrainedTokenizerFast) -> N
     assert engine.requests[-1].prompt_ids == render(tokenizer, QUESTION, None, True).input_ids
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_tool_calls_arrive_in_fragments(scripted: Scripted, n: int) -> None:
+    """As OpenAI streams them: id, name and no arguments first, then the arguments while they are written."""
+    engine, client = scripted
+    first, second = '{"city": "巴黎🚀", "days":[1,  2.50]}', '{"city": "</tool_call> \\"北京\\""}'
+    calls = [f'<tool_call>\n{{"name": "get_weather", "arguments": {a}}}\n</tool_call>' for a in (first, second)]
+    engine.will_say("Let me look.\n" + "\n".join(calls))
+    tools = [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}]  # or the client does not put it together
+    fields: dict[str, Any] = dict(model="scripted", messages=QUESTION, tools=tools, n=n)
+    whole = client.chat.completions.create(**fields)
+    parts: dict[tuple[int, int], list[Any]] = {}
+    for chunk in client.chat.completions.create(**fields, stream=True):
+        for part in chunk.choices[0].delta.tool_calls or []:
+            parts.setdefault((chunk.choices[0].index, part.index), []).append(part)
+    assert sorted(parts) == [(choice, call) for choice in range(n) for call in (0, 1)]
+    for (_, number), (head, *rest) in parts.items():
+        assert (head.type, head.function.name, head.function.arguments) == ("function", "get_weather", "")
+        assert head.id.startswith("call_") and all(part.id is part.function.name is None for part in rest)
+        fragments = [part.function.arguments for part in rest]
+        assert "".join(fragments) == (first, second)[number] and len(fragments) > 8
+        assert not any("\ufffd" in fragment for fragment in fragments)
+    assert len({head.id for head, *_ in parts.values()}) == 2 * n
+    with client.chat.completions.stream(**fields) as stream:
+        put_together = stream.get_final_completion()
+    for completion in (whole, put_together):
+        for choice in completion.choices:
+            assert [call.function.arguments for call in choice.message.tool_calls] == [first, second]
+            assert choice.message.content == "Let me look." and choice.finish_reason == "tool_calls"
+
+
+def test_a_call_that_is_cut_off(scripted: Scripted) -> None:
+    """Streamed, what has begun stays a call, and `finish_reason` says that it is not whole; not streamed it is text."""
+    engine, client = scripted
+    text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par'
+    engine.will_say(text, end=False)
+    fields: dict[str, Any] = dict(model="scripted", messages=QUESTION, tools=[WEATHER])
+    choice = client.chat.completions.create(**fields).choices[0]
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "length")
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**fields, stream=True)]
+    parts = [part.function for chunk in chunks for part in chunk.delta.tool_calls or []]
+    assert parts[0].name == "get_weather" and "".join(part.arguments for part in parts) == '{"city": "Par'
+    assert chunks[-1].finish_reason == "length" and not any(chunk.delta.content for chunk in chunks)
+
+
 def test_tool_results_go_back(scripted: Scripted, tokenizer: PreTrainedTokenizerFast) -> None:
     """The message objects of the client itself make a second turn."""
     engine, client = scripted

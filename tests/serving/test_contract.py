@@ -1,6 +1,5 @@
 """What the API promises beyond plain answers, on both engines: scored prompts, constrained answers, tokens."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids, encode_text, render
-from smolkit.engine import TorchEngine
 from smolkit.openai_api import create_app
-from smolkit.sampling import GenerationRequest, TokenEvent
 from smolkit.serving import serving
 
 from .conftest import WEATHER, ScriptedEngine
 
 QUESTION = [{"role": "user", "content": "What is photosynthesis?"}]
 TIME = {"type": "function", "function": {"name": "time", "parameters": {
-    "type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"]}}}  # fmt: skip
+    "type": "object", "properties": {"zone": {"enum": ["UTC", "北京🚀"]}}, "required": ["zone"]}}}  # fmt: skip
 DAY = {"type": "function", "function": {"name": "day", "parameters": {
     "type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 31}}}}}  # fmt: skip
 TOOLS = [TIME, DAY]
@@ -77,24 +74,20 @@ def test_echo_scores_the_prompt(
         assert result.usage.completion_tokens == 0
 
 
-def test_padded_rows_have_no_share_of_the_probability(
-    model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast
+def test_padded_rows_keep_their_share_of_the_probability(
+    client: openai.OpenAI, model: SmolForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Ours only: vLLM normalises over all rows of the head, which in trained models makes no difference."""
-    prompt = encode_text(tokenizer, "What is photosynthesis?")
-    engine = TorchEngine(model, vocab_limit=len(tokenizer))
-
-    async def first() -> TokenEvent:
-        async for event in engine.generate(GenerationRequest(prompt, 3, prompt_logprobs=0)):
-            return event
-
-    scores = asyncio.run(first()).prompt_logprobs
-    engine.close()
+    """As in transformers, so that lm-evaluation-harness scores alike; but they are never chosen, nor named."""
+    prompt, size = encode_text(tokenizer, "What is photosynthesis?"), len(tokenizer)
     with torch.inference_mode():
-        expected = model(torch.tensor([prompt])).logits[0, :, : len(tokenizer)].log_softmax(-1)
-    assert scores[0] == (None, ()) and len(scores) == len(prompt)
-    own = [float(row[i]) for row, i in zip(expected, prompt[1:], strict=False)]
-    assert [logprob for logprob, _ in scores[1:]] == pytest.approx(own, abs=1e-4)
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert expected[:, size:].exp().sum(-1).min() > 1e-4, "without a share of theirs there is nothing to see"
+    fields: dict[str, Any] = dict(model="tiny", prompt=prompt, max_tokens=1, temperature=0, logprobs=5)
+    scores = client.completions.create(**fields, echo=True).choices[0].logprobs
+    own = [float(row[i]) for row, i in zip(expected, [*prompt[1:], int(expected[-1, :size].argmax())], strict=True)]
+    assert scores.token_logprobs[1:] == pytest.approx(own, abs=1e-3)
+    chosen = client.completions.create(**fields).choices[0].logprobs
+    assert chosen.token_logprobs == pytest.approx(own[-1:], abs=1e-3)
 
 
 def test_echo_streams_and_needs_no_logprobs(client: openai.OpenAI) -> None:
@@ -164,6 +157,25 @@ def calls_of(message: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]
 
 
+def spelled(message: Any) -> list[tuple[str, str]]:
+    return [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+
+
+def fragments_of(client: openai.OpenAI, fields: dict[str, Any]) -> list[tuple[list[tuple[str, str]], str]]:
+    """(calls put together from their fragments, finish reason) of every choice of a streamed answer."""
+    calls: dict[int, dict[int, tuple[str, str]]] = {number: {} for number in range(fields.get("n", 1))}
+    finish: dict[int, str] = {}
+    for chunk in client.chat.completions.create(**fields, stream=True):
+        choice = chunk.choices[0]
+        for part in choice.delta.tool_calls or []:
+            name, arguments = calls[choice.index].get(part.index, (part.function.name, ""))
+            assert "\ufffd" not in part.function.arguments and (part.id is None) == (part.function.name is None)
+            calls[choice.index][part.index] = (name, arguments + part.function.arguments)
+        if choice.finish_reason:
+            finish[choice.index] = choice.finish_reason
+    return [(list(calls[number].values()), finish[number]) for number in calls]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_required_tool_calls(client: openai.OpenAI, temperature: float) -> None:
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
@@ -172,20 +184,13 @@ def test_required_tool_calls(client: openai.OpenAI, temperature: float) -> None:
         fields: dict[str, Any] = dict(model="tiny", messages=QUESTION, tools=TOOLS, seed=seed, temperature=temperature)
         fields |= {"tool_choice": "required", "parallel_tool_calls": bool(seed % 2), "max_tokens": 200}
         choice = client.chat.completions.create(**fields).choices[0]
-        streamed: dict[int, list[str]] = {}
-        finish = None
-        for chunk in client.chat.completions.create(**fields, stream=True):
-            for call in chunk.choices[0].delta.tool_calls or []:
-                parts = streamed.setdefault(call.index, ["", ""])
-                parts[0] += call.function.name or ""
-                parts[1] += call.function.arguments or ""
-            finish = chunk.choices[0].finish_reason or finish
+        ((streamed, finish),) = fragments_of(client, fields)
         assert finish == choice.finish_reason
         if finish == "length":  # the random model wrote a string without end
             continue
         assert finish == "tool_calls" and choice.message.content is None
         calls = calls_of(choice.message)
-        assert [(name, json.loads(arguments)) for name, arguments in streamed.values()] == calls
+        assert streamed == spelled(choice.message)
         assert len(calls) == 1 if seed % 2 == 0 else len(calls) >= 1
         for name, arguments in calls:
             seen.add(name)
@@ -195,12 +200,14 @@ def test_required_tool_calls(client: openai.OpenAI, temperature: float) -> None:
 
 
 def test_named_tool(client: openai.OpenAI) -> None:
-    choice = client.chat.completions.create(
-        model="tiny", messages=QUESTION, tools=TOOLS, temperature=1, seed=1,
-        tool_choice={"type": "function", "function": {"name": "time"}},
-    ).choices[0]  # fmt: skip
-    ((name, arguments),) = calls_of(choice.message)
-    assert name == "time" and arguments["zone"] in ("UTC", "CET") and choice.finish_reason == "tool_calls"
+    fields: dict[str, Any] = dict(model="tiny", messages=QUESTION, tools=TOOLS, temperature=1, seed=1, n=4)
+    fields["tool_choice"] = {"type": "function", "function": {"name": "time"}}
+    choices = client.chat.completions.create(**fields).choices
+    for choice in choices:
+        ((name, arguments),) = calls_of(choice.message)
+        assert name == "time" and arguments["zone"] in ("UTC", "北京🚀") and choice.finish_reason == "tool_calls"
+    assert fragments_of(client, fields) == [(spelled(choice.message), "tool_calls") for choice in choices]
+    assert any(calls_of(choice.message)[0][1]["zone"] == "北京🚀" for choice in choices)
 
 
 def test_json_or_tools(client: openai.OpenAI) -> None:

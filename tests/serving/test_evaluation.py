@@ -69,9 +69,9 @@ def test_replies_are_judged_alike(url: str, checkpoint: Path, tokenizer: PreTrai
     agree(server, local, lambda subject: generation.task_results("tasks", TASKS, subject, 12)[0])
 
 
-def test_prompts_are_scored_alike(moe_url: str, moe: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """On a model without padded vocabulary rows: a server may leave those out of the softmax."""
-    server, local = ServedModel(moe_url, tokenizer=tokenizer), both(moe, tokenizer)
+def test_prompts_are_scored_alike(url: str, checkpoint: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Log-probabilities are over all rows of the vocabulary, on both sides."""
+    server, local = ServedModel(url, tokenizer=tokenizer), both(checkpoint, tokenizer)
     agree(server, local, lambda subject: likelihoods.choice_results("choices", CHOICES, subject))
     agree(server, local, lambda subject: likelihoods.choice_results("choices", CHOICES, subject, chat=True))
     agree(server, local, lambda subject: likelihoods.preference_results(subject, PAIRS))

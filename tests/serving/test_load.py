@@ -142,8 +142,7 @@ def left_inside(url: str) -> dict[str, float]:
 def loaded(request: pytest.FixtureRequest, checkpoint: Path, root: Path, tmp_path_factory: Any) -> Iterator[Any]:
     limits = ("--max_concurrent_requests", CONCURRENT, "--access_log", tmp_path_factory.mktemp("load") / "access.jsonl")
     if request.param == "vllm":
-        if "SMOLLM_VLLM_PYTHON" not in os.environ:
-            pytest.importorskip("vllm", reason="vLLM is not installed here (requirements-vllm-*.txt)")
+        request.getfixturevalue("vllm_python")
         command = ("serve_vllm.py", "--model_path", checkpoint, *VLLM_FLAGS, *limits)
     else:
         flags = ("--dtype", "fp32", "--max_num_seqs", 4, "--max_queue", 12, "--served_model_name", "tiny")

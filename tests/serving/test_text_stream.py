@@ -1,12 +1,14 @@
 """Streamed text adds up to the whole text, however the stream is cut."""
 
+import json
 import random
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from smolkit.chat import parse_tool_calls
-from smolkit.text_stream import Detokenizer, StopStrings, ToolCallStream
+from smolkit.text_stream import CallPart, Detokenizer, StopStrings, ToolCallStream
 
 MIXED = "naïve 光合作用 🚀🌍 x\n"
 
@@ -77,14 +79,83 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
         "a < b and <tool> is none\n",
     ],
 )
-def test_tool_calls(text: str) -> None:
+def in_pieces(text: str, size: int, fragments: bool) -> tuple[str, list[dict[str, Any]], ToolCallStream]:
+    """Content and calls of a text that arrives `size` characters at a time; arguments as text."""
+    stream, content, calls = ToolCallStream(fragments), "", []
+    for start in range(0, len(text) + size, size):
+        more, parts = stream.push(text[start : start + size]) if start < len(text) else stream.flush()
+        content += more
+        for part in parts:
+            assert (part.name is None) == (part.index < len(calls)) and part.index <= len(calls)
+            if part.name is not None:
+                assert part.arguments == ""
+                calls.append({"name": part.name, "arguments": ""})
+            calls[part.index]["arguments"] += part.arguments
+    return content, calls, stream
+
+
+@pytest.mark.parametrize("fragments", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain text\n",
+        CALL,
+        f"Let me see.\n{CALL}",
+        f"{CALL}\n{CALL}",
+        f"{CALL} and after",
+        f"before {CALL}\n\n{CALL}\nafter <tool_",
+        "<tool_call>\nnot json\n</tool_call>",
+        f"<tool_call>broken</tool_call> then\n{CALL}",
+        '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call>"}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {}}',
+        '<tool_call>\n{"name": "f", "argum',
+        "a < b and <tool> is none\n",
+        '<tool_call>{"name":"天气","arguments":{"城市":["巴黎","}]{[",{"a":"\\\\\\"}"}],"n":-1.50}}</tool_call>',
+        '<tool_call>\n{"arguments": {"a": "\\ud800"}, "name": "f"}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}, "id": "</tool_call>"}\n</tool_call>\n' + CALL,
+        '<tool_call>\n{"name": "f", "arguments": "{}"}\n</tool_call>',
+        '<tool_call>\n{"name": 1, "arguments": {}}\n</tool_call>',
+    ],
+)
+def test_tool_calls(text: str, fragments: bool) -> None:
+    """However the text is cut, whole or in parts: the calls that are in it, with the spelling of their arguments."""
+    expected = in_pieces(text, len(text), False)[:2]
     for size in (1, 2, 3, 7, 11, len(text)):
-        stream, content, calls = ToolCallStream(), "", []
-        for start in range(0, len(text), size):
-            more, found = stream.push(text[start : start + size])
-            content, calls = content + more, calls + found
-        more, found = stream.flush()
-        assert (content + more, calls + found) == parse_tool_calls(text)
+        content, calls, stream = in_pieces(text, size, fragments)
+        assert (content, calls) == expected and stream.complete == list(range(len(calls)))
+    read = [{**call, "arguments": json.loads(call["arguments"])} for call in calls]
+    assert (content, read) == parse_tool_calls(text)
+    for call in calls:
+        assert call["arguments"] in text or '"arguments"' in text.partition('"name"')[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "arguments", "complete"),
+    [
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "", ['{"a": "x'], []),  # cut off
+        ('<tool_call>\n{"name": "f", "arguments": {"a": x}}\n</tool_call>', "}\n</tool_call>", ['{"a": x}'], []),
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x}}\n' + CALL, "", ['{"a": "x}}', '{"a": "x"}'], [1]),
+        ('<tool_call>\n{"name": "f", "arguments": {}} then', "} then", ["{}"], []),
+    ],
+)
+def test_calls_that_have_begun_and_are_malformed(
+    text: str, content: str, arguments: list[str], complete: list[int]
+) -> None:
+    """Nothing that the model wrote is lost, and none of it counts as a complete call. As a whole it is content."""
+    for size in (1, 2, 5, len(text)):
+        got, calls, stream = in_pieces(text, size, True)
+        assert got == content and [call["arguments"] for call in calls] == arguments and stream.complete == complete
+    assert in_pieces(text, 3, False)[0].startswith('<tool_call>\n{"name": "f"')
+
+
+def test_arguments_are_not_delayed() -> None:
+    """Every piece that belongs to the arguments comes out at once."""
+    stream = ToolCallStream(fragments=True)
+    assert stream.push('<tool_call>\n{"name": "f", "argum') == ("", [])
+    assert stream.push('ents": {"') == ("", [CallPart(0, "f", ""), CallPart(0, None, '{"')])
+    assert stream.push('城市": "巴') == ("", [CallPart(0, None, '城市": "巴')])
+    assert stream.push('黎"}}\n</tool') == ("", [CallPart(0, None, '黎"}')])
+    assert stream.complete == [] and stream.push("_call>") == ("", []) and stream.complete == [0]
 
 
 def test_content_before_a_call_is_not_delayed() -> None:
