@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "error"]
 Scores = tuple[float | None, tuple[tuple[int, float], ...]]  # log-probability of a token; the most likely ones
+GREEDY_BELOW = 1e-5  # temperature, as in vLLM: logits divided by much less are no numbers any more
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Sampler:
             self.biases = torch.zeros(vocab_size)
             self.biases[torch.tensor(list(request.logit_bias))] = torch.tensor(list(request.logit_bias.values()))
         changed = self.mask or request.min_tokens or self._penalises() or request.logit_bias
-        self.plain_greedy = request.temperature == 0 and not changed
+        self.greedy = request.temperature < GREEDY_BELOW
+        self.plain_greedy = self.greedy and not changed
 
     @property
     def failed(self) -> bool:
@@ -117,7 +119,7 @@ class Sampler:
             logits = logits.index_fill(0, torch.tensor(list(r.stop_ids), device=logits.device), -torch.inf)
         if self.mask is not None:
             logits = self.mask.apply(logits)
-        token_id = int(logits.argmax()) if r.temperature == 0 else self._sample(logits / r.temperature)
+        token_id = int(logits.argmax()) if self.greedy else self._sample(logits / r.temperature)
         self.num_tokens += 1
         if self.generated is not None:
             self.generated[token_id] += 1

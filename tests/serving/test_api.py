@@ -337,6 +337,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 3}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"top_p": 0}, "top_p"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
     ({"n": 1000}, "n"),

@@ -522,3 +522,10 @@ def test_on_a_gpu(kind: str) -> None:
 
     asyncio.run(run())
     engine.close()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_temperatures_near_zero_are_greedy(temperature: float) -> None:
+    """Divided by them logits overflow: that chose a token that does not exist, and ended every answer in the batch."""
+    logits = torch.randn(100, generator=torch.Generator().manual_seed(0)) * 5
+    assert Sampler(GenerationRequest([1, 2], 4, temperature), 100).pick(logits) == int(logits.argmax())

@@ -67,7 +67,7 @@ def test_every_request_succeeds(
         "--dataset-path": tmp_path / "prompts.jsonl", "--custom-output-len": ANSWER, "--max-concurrency": 8,
     }  # fmt: skip
     command = [vllm_python, "-c", PROGRAM, *(str(word) for pair in flags.items() for word in pair)]
-    command += ["--skip-chat-template", "--ignore-eos", "--disable-tqdm"]
+    command += ["--skip-chat-template", "--ignore-eos", "--disable-tqdm", "--save-detailed"]
     before = counted(url)
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
