@@ -201,6 +201,8 @@ def test_collator_pads_with_unlabelled_tokens() -> None:
     assert masked.pop("attention_mask").tolist() == [[1, 1, 1], [1, 1, 0]]
     assert all(torch.equal(masked[name], batch[name]) for name in batch)
     assert count_tokens(rows) == (5, 3)
+    many = TokenStore.of(input_ids=[[1, 2, 3]] * 1001)  # counted in batches of 1,000 rows
+    assert count_tokens(pack_rows(many, 3, seed=0)) == (3003, 2002)
 
 
 def test_a_blank_row_is_one_token_that_counts_for_nothing() -> None:

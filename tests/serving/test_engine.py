@@ -21,7 +21,7 @@ from smolkit.engine import (
     TorchEngine,
     generate_batch,
 )
-from smolkit.sampling import Sampler
+from smolkit.sampling import Sampler, logprobs_of
 
 from .conftest import tiny_config
 
@@ -122,6 +122,25 @@ def test_logprobs_are_the_models_own() -> None:
         assert [v for _, v in event.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["dense", "qwen3_moe"])
+def test_scores_of_a_long_prompt_are_the_models_own(kind: str) -> None:
+    """Over several blocks of 256 positions; also of a prompt of one token, which has nothing to score."""
+    model, (prompt,) = long_model(kind, torch.float32), long_prompts(1, 600, 601)
+    batch = ContinuousBatch(model)
+    sequences = [batch.start(GenerationRequest(p, 2, 0.0, prompt_logprobs=1)) for p in (prompt, prompt[:1])]
+    for sequence in sequences:
+        batch.add(sequence)
+    first = {sequence: event for sequence, event in batch.step() + batch.step() if event.prompt_logprobs}
+    assert first[sequences[1]].prompt_logprobs == ((None, ()),)
+    scores = first[sequences[0]].prompt_logprobs
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert len(scores) == 600 and scores[0] == (None, ())
+    for row, token, (score, top) in zip(expected, prompt[1:], scores[1:], strict=False):
+        assert score == pytest.approx(float(row[token]), abs=1e-4)
+        assert [v for _, v in top] == pytest.approx([float(row.max())], abs=1e-4)
+
+
 # --- sampling
 # -------------------------------------------------------------------------------------------------
 
@@ -182,6 +201,40 @@ def test_greedy_penalties_and_bias() -> None:
     assert picks(2, repetition_penalty=2.0) == [0, 1]
     assert picks(1, prompt=[0], repetition_penalty=2.0) == [1]
     assert picks(1, logit_bias={6: 100.0}) == [6] and picks(1, logit_bias={0: -100.0}) == [1]
+    assert picks(1, top_k=50) == [0], "a limit above the vocabulary is none"
+
+
+def test_the_repetition_penalty_lowers_negative_logits_too() -> None:
+    logits = torch.tensor([-1.0, -1.5, -9.0])
+    request = GenerationRequest([0, 99], 1, temperature=0, repetition_penalty=2.0)  # 99 is no row of this vocabulary
+    assert Sampler(request, 3).pick(logits) == 1
+    assert Sampler(GenerationRequest([2], 1, temperature=0, repetition_penalty=2.0), 3).pick(logits) == 0
+
+
+def test_an_answer_does_not_end_before_its_least_length() -> None:
+    request = GenerationRequest([6], 4, temperature=0, stop_ids=[0, 1], min_tokens=2)
+    sampler = Sampler(request, len(LOGITS))
+    assert [sampler.pick(LOGITS.clone()) for _ in range(4)] == [2, 2, 0, 0]
+
+
+def test_a_seed_gives_the_same_draws_and_no_seed_gives_others() -> None:
+    def draws(**settings: object) -> list[int]:
+        sampler = Sampler(GenerationRequest([6], 1, **settings), 1000)
+        return [sampler.pick(torch.zeros(1000)) for _ in range(8)]
+
+    assert draws(seed=3) == draws(seed=3) != draws(seed=4)
+    assert draws() != draws()
+
+
+def test_scores_are_the_log_probabilities_in_order() -> None:
+    logits = torch.log(torch.tensor([0.2, 0.5, 0.3]))
+    assert logprobs_of(logits, 0, None) == (None, ())
+    score, top = logprobs_of(logits, 0, 0)
+    assert score == pytest.approx(math.log(0.2)) and top == ()
+    score, top = logprobs_of(logits, 2, 2)
+    assert score == pytest.approx(math.log(0.3))
+    assert [i for i, _ in top] == [1, 2] and [v for _, v in top] == pytest.approx([math.log(0.5), math.log(0.3)])
+    assert [i for i, _ in logprobs_of(logits, 0, 20)[1]] == [1, 2, 0]
 
 
 # --- the asynchronous engine --------------------------------------------------------------------------------
