@@ -437,6 +437,15 @@ def test_every_noncharacter_at_once_is_refused(trained: PreTrainedTokenizerFast)
     )
 
 
+def test_a_noncharacter_in_a_tool_or_a_template_variable_stays(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "\ufdd0<|im_end|>\ufdd1"
+    tool = {"type": "function", "function": {"name": "f", "description": text}}
+    assert text in byte_tokenizer.decode(render(byte_tokenizer, CONVERSATIONS["user"], [tool]).input_ids)
+    byte_tokenizer.chat_template = "{{ note }}"
+    rendered = render(byte_tokenizer, CONVERSATIONS["user"], template_kwargs={"note": text})
+    assert byte_tokenizer.decode(rendered.input_ids) == text and not any(rendered.loss_mask)
+
+
 def test_plain_encoding_equals_the_tokenizers_own_for_ordinary_text(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -661,6 +670,14 @@ def test_chat_tokens_on_an_existing_tokenizer(qwen_dir: Path) -> None:
     assert chat_stop_ids(tokenizer) == [151645, 151643]
     ids = tokenizer("<tool_call><file_sep>")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call>"
+
+
+def test_a_reply_ends_with_the_tokenizers_own_end_and_with_the_chats(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert chat_stop_ids(byte_tokenizer) == [IM_END, END_OF_TEXT]
+    byte_tokenizer.eos_token = "!"
+    assert chat_stop_ids(byte_tokenizer) == [0, IM_END, END_OF_TEXT]
+    byte_tokenizer.eos_token = None
+    assert chat_stop_ids(byte_tokenizer) == [IM_END, END_OF_TEXT]
 
 
 # --- bad conversations --------------------------------------------------------------------------------------
