@@ -155,6 +155,16 @@ def test_control_token_ids_are_as_the_golden_lists_assume(byte_tokenizer: PreTra
     assert byte_tokenizer.convert_tokens_to_ids(names.split()) == list(range(256, 263))
 
 
+def test_control_tokens_are_matched_literally_and_calls_stay_visible(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    added = byte_tokenizer.added_tokens_decoder
+    assert [added[i].special for i in range(256, 263)] == [True, True, True, False, False, False, False]
+    for token in added.values():  # whatever a normalizer does to text, and without the space beside them
+        assert not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+    add_chat_tokens(byte_tokenizer, ["<|x|>", "<|x|>"])
+    extra = byte_tokenizer.added_tokens_decoder[263]
+    assert (extra.content, extra.special, extra.normalized, len(byte_tokenizer)) == ("<|x|>", True, False, 264)
+
+
 def test_golden_multi_turn_with_system(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rendered = render(
         byte_tokenizer,
