@@ -658,6 +658,12 @@ def test_thought_tokens_count_in_assistant_text_only(byte_tokenizer: PreTrainedT
     assert [mask for i, mask in zip(rendered.input_ids, rendered.loss_mask, strict=True) if i == think] == [1]
 
 
+def test_a_template_may_name_the_special_tokens(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    byte_tokenizer.chat_template = "{{ eos_token }}{{ messages[0].content }}{{ pad_token }}"
+    turns = [{"role": "user", "content": "!\""}]
+    assert render(byte_tokenizer, turns).input_ids == [IM_END, 0, 1, END_OF_TEXT]
+
+
 def test_space_swallowing_tokens_match_the_tokenizer(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     byte_tokenizer.add_tokens([AddedToken("<|sep|>", rstrip=True, lstrip=True, normalized=False)])
     byte_tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' <|sep|>\n next' }}{% endfor %}"
