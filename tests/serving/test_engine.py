@@ -173,14 +173,16 @@ def naive_probabilities(
         {"top_p": 0.7},
         {"min_p": 0.3},
         {"temperature": 2.0, "top_k": 5, "top_p": 0.8, "min_p": 0.2},
+        {"top_p": 0.75, "min_p": 0.3},  # two of the three that min_p leaves
         {"top_p": 1e-9},
     ],
 )
 def test_sampling_frequencies(settings: dict[str, float]) -> None:
-    expected = naive_probabilities(**settings)
+    order = [3, 0, 5, 1, 6, 2, 4]  # the most likely token is not the first one
+    expected, logits = [naive_probabilities(**settings)[i] for i in order], LOGITS[order]
     sampler = Sampler(GenerationRequest([0], 1, seed=0, **settings), len(LOGITS))
     draws = 1500
-    counts = torch.bincount(torch.tensor([sampler.pick(LOGITS) for _ in range(draws)]), minlength=len(LOGITS))
+    counts = torch.bincount(torch.tensor([sampler.pick(logits) for _ in range(draws)]), minlength=len(LOGITS))
     for count, probability in zip(counts.tolist(), expected, strict=True):
         spread = math.sqrt(probability * (1 - probability) / draws)
         assert abs(count / draws - probability) <= 5 * spread
@@ -209,6 +211,23 @@ def test_the_repetition_penalty_lowers_negative_logits_too() -> None:
     request = GenerationRequest([0, 99], 1, temperature=0, repetition_penalty=2.0)  # 99 is no row of this vocabulary
     assert Sampler(request, 3).pick(logits) == 1
     assert Sampler(GenerationRequest([2], 1, temperature=0, repetition_penalty=2.0), 3).pick(logits) == 0
+    assert Sampler(GenerationRequest([99], 1, temperature=0, repetition_penalty=2.0), 3).pick(logits) == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {1: 1.0}},
+        {"min_tokens": 1},
+    ],
+)
+def test_the_largest_logit_is_taken_unseen_only_where_nothing_changes_it(settings: dict[str, object]) -> None:
+    assert Sampler(GenerationRequest([0], 1, temperature=0, top_p=0.5, logprobs=1), 3).plain_greedy
+    assert not Sampler(GenerationRequest([0], 1, **{"temperature": 0, **settings}), 3).plain_greedy
 
 
 def test_an_answer_does_not_end_before_its_least_length() -> None:
