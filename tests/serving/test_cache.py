@@ -37,10 +37,12 @@ def test_rows_have_room_for_the_next_token_and_a_column_that_nobody_sees() -> No
     assert cache.take(254, Owner(0)).states.shape == (1, 2, 1, 256, 2)
     assert cache.take(255, Owner(1)).states.shape == (1, 2, 1, 608, 2)
     assert [shelf.width for shelf in make(max_columns=100).shelves] == [128]
+    assert [shelf.width for shelf in make(max_columns=480).shelves] == [256, 512]
     assert [shelf.width for shelf in make(max_columns=2048).shelves] == [256, 512, 1024, 2080]
     assert [shelf.rows_per_rack for shelf in make(max_rows=10**6).shelves] == [2**26 // 4096, 2**26 // 9728]
     elsewhere = Cache(CONFIG, torch.float32, torch.device("meta"), max_rows=10**6, max_columns=600)
     assert [shelf.rows_per_rack for shelf in elsewhere.shelves] == [2**29 // 4096, 2**29 // 9728]
+    assert elsewhere.take(10, Owner(0)).states.is_meta
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -137,6 +139,16 @@ def test_prefixes_are_found_by_all_their_tokens() -> None:
     ):
         assert columns(prefixes.find(None, tokens, 2)) == expected
     assert prefixes.find("an adapter", [1, 2], 2) == []
+
+
+def test_the_same_tokens_after_another_beginning_are_others() -> None:
+    prefixes = PrefixBlocks(limit=1000)
+    for tokens in ([1, 2], [1, 2, 5, 6], [3, 4]):
+        prefixes.keep(None, tokens, 2, states(tokens[0]))
+    assert columns(prefixes.find(None, [3, 4, 5, 6], 2)) == [[3, 4]]
+    prefixes.keep(None, [3, 4, 5, 6], 2, states(3))
+    assert columns(prefixes.find(None, [3, 4, 5, 6], 2)) == [[3, 4], [5, 6]]
+    assert columns(prefixes.find(None, [1, 2, 5, 6], 2)) == [[1, 2], [3, 4]]
 
 
 def test_the_least_recently_used_chunk_goes_first_and_before_the_one_it_stands_on() -> None:
