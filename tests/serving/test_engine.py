@@ -1,6 +1,7 @@
 """The engine against transformers' own `generate`, naive sampling, and itself alone."""
 
 import asyncio
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -101,6 +102,36 @@ def test_peft_model() -> None:
         pad_token_id=0,
     )
     assert answer == expected[0, 3:].tolist() and [answer] != plain
+
+
+LAYERS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+
+
+@pytest.mark.parametrize("parts", [[part] for part in LAYERS.split()] + [LAYERS.split()], ids=" ".join)
+def test_an_adapter_beside_the_weights_answers_as_if_merged(parts: list[str]) -> None:
+    """Two prompts with the adapter and two without in one batch, against transformers' `generate`."""
+    model, prompts = random_model("dense"), random_prompts(2)
+    merged, pairs = copy.deepcopy(model), {}
+    for name in [f"model.layers.{number}.{part}" for number in range(2) for part in parts]:
+        weight = merged.get_submodule(name).weight
+        pairs[name] = torch.randn(2, weight.shape[1]) * 0.4, torch.randn(weight.shape[0], 2) * 0.4
+        weight.data += pairs[name][1] @ pairs[name][0]
+    batch = ContinuousBatch(model)
+    batch.decoder.adapt("a", dict(pairs))
+    names = [name for _ in prompts for name in ("a", None)]
+    requests = [GenerationRequest(p, 12, 0.0, adapter=name) for p, name in zip(sorted(prompts * 2), names, strict=True)]
+    answers = answers_of(batch, requests)
+    for request, answer in zip(requests, answers, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        output = (merged if request.adapter else model).generate(ids, **options)
+        assert answer == output[0, ids.shape[1] :].tolist()
+    assert answers[0] != answers[1] or answers[2] != answers[3]
+    with torch.inference_mode():
+        (logits,) = batch.decoder.prompt_logits(prompts[0], "a")
+        torch.testing.assert_close(logits, merged(torch.tensor(prompts[:1])).logits[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="lm_head can only be adapted by merging"):
+        batch.decoder.adapt("b", {"lm_head": (torch.zeros(1, 32), torch.zeros(VOCABULARY, 1))})
 
 
 def test_logprobs_are_the_models_own() -> None:
