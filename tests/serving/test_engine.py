@@ -411,6 +411,15 @@ def test_a_failing_step_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(closed())
 
 
+def test_limits_are_those_of_the_device_unless_given() -> None:
+    for given, expected in (({}, (128, 512, 16)), ({"chunk": 32, "max_num_seqs": 3}, (32, 512, 3))):
+        engine = TorchEngine(random_model("dense"), **given)
+        batch = engine._batch
+        assert (batch.chunk, batch.max_num_batched_tokens, batch.max_num_seqs) == expected
+        assert (engine.model_name, engine.adapters, engine.max_model_len) == ("model", (), 512)
+        engine.close()
+
+
 def test_limits_are_checked() -> None:
     engine = TorchEngine(random_model("dense"), max_model_len=32)
 
