@@ -549,6 +549,31 @@ def test_prefixes_stay_in_their_share() -> None:
     assert prefixes.find("an adapter", prompts[-1], 128) == []
 
 
+def test_an_adapter_does_not_reuse_what_the_model_alone_computed() -> None:
+    model, (prompt,) = long_model("dense"), long_prompts(1, 300, 301)
+    pairs = {f"model.layers.{number}.self_attn.k_proj": (torch.randn(4, 32), torch.randn(64, 4)) for number in range(2)}
+
+    def answers(adapters: list[str | None], **options: object) -> tuple[list[list[int]], int]:
+        batch = ContinuousBatch(model, chunk=128, budget=2**26, **options)
+        batch.decoder.adapt("a", pairs)
+        found = [answers_of(batch, [GenerationRequest(prompt, 20, 0.0, adapter=name)])[0] for name in adapters]
+        return found, batch.reused_tokens
+
+    turns = [None, "a", None, "a"]
+    expected, none = answers(turns, prefix_reuse=False)
+    assert expected[0] != expected[1] and none == 0
+    assert answers(turns) == (expected, 2 * 256)
+
+
+def test_the_least_budget_holds_the_longest_sequence() -> None:
+    model, limits = long_model("dense"), {"chunk": 128, "max_model_len": 600, "prefix_reuse": False}
+    least = (256 + 608) * ContinuousBatch(model).cache.column_bytes  # its last two rows, for the move
+    batch = ContinuousBatch(model, budget=least, **limits)
+    assert [len(answer) for answer in answers_of(batch, [GenerationRequest([7] * 200, 400, 0.0)])] == [400]
+    with pytest.raises(ValueError, match="600 tokens needs"):
+        ContinuousBatch(model, budget=least - 1, **limits)
+
+
 def test_a_budget_that_holds_no_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="2048 tokens needs"):
         ContinuousBatch(long_model("dense"), budget=2**20)
