@@ -267,6 +267,40 @@ def test_an_answer_does_not_end_before_its_least_length() -> None:
     assert [sampler.pick(LOGITS.clone()) for _ in range(4)] == [2, 2, 0, 0]
 
 
+class GivesUp:
+    """A grammar, and its own mask, that allows one token at a time and can no longer be followed after two."""
+
+    def __init__(self) -> None:
+        self.advanced: list[int] = []
+
+    @property
+    def failed(self) -> bool:
+        return len(self.advanced) == 2
+
+    def mask(self) -> "GivesUp":
+        return self
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor(20 + len(self.advanced)), 0.0)
+
+    def advance(self, token: int) -> None:
+        self.advanced.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_ends_with_an_error_when_its_grammar_gives_up(temperature: float) -> None:
+    batch, grammar = ContinuousBatch(random_model("dense")), GivesUp()
+    batch.add(batch.start(GenerationRequest([7, 8], 9, temperature, grammar=grammar)))
+    events = [event for _ in range(2) for _, event in batch.step()]
+    assert [(event.token_id, event.finish_reason) for event in events] == [(20, None), (21, "error")]
+    assert grammar.advanced == [20, 21] and len(batch) == 0
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="Linear: generation here takes SmolForCausalLM"):
+        ContinuousBatch(torch.nn.Linear(2, 2))
+
+
 def test_a_seed_gives_the_same_draws_and_no_seed_gives_others() -> None:
     def draws(**settings: object) -> list[int]:
         sampler = Sampler(GenerationRequest([6], 1, **settings), 1000)
