@@ -18,6 +18,7 @@ from smolkit.packing import (
     Piece,
     best_fit,
     blank_row,
+    conversations,
     convert_documents,
     count_tokens,
     documents,
@@ -27,6 +28,7 @@ from smolkit.packing import (
     pack_rows,
     pack_texts,
     pair_lengths,
+    preferences,
 )
 from smolkit.shards import TokenStore, tokenized
 from smolkit.tiny_world import build_world, pretraining_documents
@@ -252,6 +254,15 @@ def test_conversations_become_rows_to_train_and_a_few_to_evaluate_on() -> None:
     for files in ([empty], [store]), ([store], [empty]):
         with pytest.raises(UserError, match=r"within 4 tokens \(4 dropped\)"):
             pack_conversations(given, *files, 4, 0, True, 9)
+
+
+def test_stores_are_named_by_stage_and_keep_its_columns() -> None:
+    found = [(each.kind, each.columns, each.settings) for each in (documents(7), conversations(8), preferences(9))]
+    assert found == [
+        ("pretrain", ("input_ids",), {"end_id": 7}),
+        ("sft", ("input_ids", "labels"), {"max_length": 8}),
+        ("dpo", ("prompt_ids", "chosen_ids", "rejected_ids"), {"max_length": 9}),
+    ]
 
 
 def test_a_pair_costs_its_prompt_and_its_longer_answer() -> None:
