@@ -402,16 +402,6 @@ class TorchEngine:
     def num_waiting(self) -> int:
         return len(self._arrived) + len(self._batch.waiting)
 
-    @property
-    def stats(self) -> dict[str, int]:
-        """Counts for reports: bytes of keys and values, prompt tokens reused, sequences that gave way."""
-        batch = self._batch
-        return {
-            "cache_bytes": batch.cache.bytes,
-            "reused_tokens": batch.reused_tokens,
-            "preemptions": batch.preemptions,
-        }
-
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
         """Yield the tokens of one request; see `Engine`. The prompt must leave room for `max_tokens`."""
         self._check(request)

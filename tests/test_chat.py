@@ -155,6 +155,16 @@ def test_control_token_ids_are_as_the_golden_lists_assume(byte_tokenizer: PreTra
     assert byte_tokenizer.convert_tokens_to_ids(names.split()) == list(range(256, 263))
 
 
+def test_control_tokens_are_matched_literally_and_calls_stay_visible(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    added = byte_tokenizer.added_tokens_decoder
+    assert [added[i].special for i in range(256, 263)] == [True, True, True, False, False, False, False]
+    for token in added.values():  # whatever a normalizer does to text, and without the space beside them
+        assert not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+    add_chat_tokens(byte_tokenizer, ["<|x|>", "<|x|>"])
+    extra = byte_tokenizer.added_tokens_decoder[263]
+    assert (extra.content, extra.special, extra.normalized, len(byte_tokenizer)) == ("<|x|>", True, False, 264)
+
+
 def test_golden_multi_turn_with_system(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rendered = render(
         byte_tokenizer,
@@ -437,6 +447,15 @@ def test_every_noncharacter_at_once_is_refused(trained: PreTrainedTokenizerFast)
     )
 
 
+def test_a_noncharacter_in_a_tool_or_a_template_variable_stays(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "\ufdd0<|im_end|>\ufdd1"
+    tool = {"type": "function", "function": {"name": "f", "description": text}}
+    assert text in byte_tokenizer.decode(render(byte_tokenizer, CONVERSATIONS["user"], [tool]).input_ids)
+    byte_tokenizer.chat_template = "{{ note }}"
+    rendered = render(byte_tokenizer, CONVERSATIONS["user"], template_kwargs={"note": text})
+    assert byte_tokenizer.decode(rendered.input_ids) == text and not any(rendered.loss_mask)
+
+
 def test_plain_encoding_equals_the_tokenizers_own_for_ordinary_text(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -639,6 +658,12 @@ def test_thought_tokens_count_in_assistant_text_only(byte_tokenizer: PreTrainedT
     assert [mask for i, mask in zip(rendered.input_ids, rendered.loss_mask, strict=True) if i == think] == [1]
 
 
+def test_a_template_may_name_the_special_tokens(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    byte_tokenizer.chat_template = "{{ eos_token }}{{ messages[0].content }}{{ pad_token }}"
+    turns = [{"role": "user", "content": "!\""}]
+    assert render(byte_tokenizer, turns).input_ids == [IM_END, 0, 1, END_OF_TEXT]
+
+
 def test_space_swallowing_tokens_match_the_tokenizer(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     byte_tokenizer.add_tokens([AddedToken("<|sep|>", rstrip=True, lstrip=True, normalized=False)])
     byte_tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' <|sep|>\n next' }}{% endfor %}"
@@ -661,6 +686,14 @@ def test_chat_tokens_on_an_existing_tokenizer(qwen_dir: Path) -> None:
     assert chat_stop_ids(tokenizer) == [151645, 151643]
     ids = tokenizer("<tool_call><file_sep>")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call>"
+
+
+def test_a_reply_ends_with_the_tokenizers_own_end_and_with_the_chats(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert chat_stop_ids(byte_tokenizer) == [IM_END, END_OF_TEXT]
+    byte_tokenizer.eos_token = "!"
+    assert chat_stop_ids(byte_tokenizer) == [0, IM_END, END_OF_TEXT]
+    byte_tokenizer.eos_token = None
+    assert chat_stop_ids(byte_tokenizer) == [IM_END, END_OF_TEXT]
 
 
 # --- bad conversations --------------------------------------------------------------------------------------

@@ -185,6 +185,24 @@ def test_loss_equals_cross_entropy_of_the_logits(elements, trained, monkeypatch)
     torch.testing.assert_close(torch.autograd.grad(ours, (hidden, weight)), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 128, 300], ids="{} rows".format)
+def test_the_loss_for_compilers_equals_cross_entropy(rows, monkeypatch):
+    """Called by itself: in one block of at least 128 rows and in several, with each gradient asked for or not."""
+    monkeypatch.setitem(smol_model.LOSS_ELEMENTS, "else", 1)
+    hidden, weight = torch.randn(rows, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    labels = torch.randint(11, (rows,)).index_fill(0, torch.arange(rows // 3), -100)
+    naive = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    expected = torch.autograd.grad(naive, (hidden, weight))
+    with torch.no_grad():
+        for wanted in ((True, True), (True, False), (False, True), (False, False)):
+            loss, *found = smol_model.loss_of_all_tokens(hidden, weight, labels, *wanted)
+            torch.testing.assert_close(loss, naive)
+            for asked, gradient, reference in zip(wanted, found, expected, strict=True):
+                assert (gradient is not None) == asked
+                if asked:
+                    torch.testing.assert_close(gradient, reference, atol=1e-5, rtol=1e-5)
+
+
 def test_loss_of_no_trained_token_is_zero_with_zero_gradients():
     model = build().train()
     loss = model(tokens(1, 5), labels=torch.full((1, 5), -100)).loss

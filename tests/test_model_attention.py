@@ -230,6 +230,17 @@ def test_each_document_of_a_padded_packed_batch_is_as_alone(options, attention, 
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_bounds_of_documents_are_literal():
+    """Two rows of 5: documents of 2 and 3 tokens, of 4 and 1. A row begins a document whether it says so or not."""
+    starts = torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 0, 1]], dtype=torch.bool)
+    kept = starts.clone()
+    bounds = smol_model.document_bounds(starts)
+    assert bounds["cu_seq_lens_q"].tolist() == bounds["cu_seq_lens_k"].tolist() == [0, 2, 5, 9, 10]
+    assert bounds["cu_seq_lens_q"].dtype == torch.int32
+    assert bounds["max_length_q"] == bounds["max_length_k"] == 4
+    assert torch.equal(starts, kept)
+
+
 # Flash attention: a GPU package that these tests stand in for
 
 

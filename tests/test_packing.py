@@ -5,22 +5,30 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.chat import encode_texts
 from smolkit.doctor import read_pretrain
+from smolkit.errors import UserError
 from smolkit.packing import (
     IGNORE,
     PackedCollator,
     Piece,
     best_fit,
+    blank_row,
+    conversations,
     convert_documents,
     count_tokens,
     documents,
     filling,
     pack_blocks,
+    pack_conversations,
     pack_rows,
+    pack_texts,
+    pair_lengths,
+    preferences,
 )
 from smolkit.shards import TokenStore, tokenized
 from smolkit.tiny_world import build_world, pretraining_documents
@@ -60,6 +68,7 @@ def test_blocks_are_literal() -> None:
     report = filling(rows, 5)
     assert (report.tokens, report.rows, report.split_documents, report.split_pieces) == (13, 3, 1, 2)
     assert report.fill == pytest.approx(13 / 15)
+    assert str(report) == "13 tokens in 3 rows, 86.7% filled, 1 documents split into 2 pieces"
 
 
 def naive_blocks(documents: list[np.ndarray], block_size: int, seed: int) -> list[dict[str, list[int]]]:
@@ -194,6 +203,73 @@ def test_collator_pads_with_unlabelled_tokens() -> None:
     assert masked.pop("attention_mask").tolist() == [[1, 1, 1], [1, 1, 0]]
     assert all(torch.equal(masked[name], batch[name]) for name in batch)
     assert count_tokens(rows) == (5, 3)
+    many = TokenStore.of(input_ids=[[1, 2, 3]] * 1001)  # counted in batches of 1,000 rows
+    assert count_tokens(pack_rows(many, 3, seed=0)) == (3003, 2002)
+
+
+def test_a_blank_row_is_one_token_that_counts_for_nothing() -> None:
+    row = {"input_ids": [1, 2], "labels": [IGNORE, 2], "position_ids": [0, 1]}
+    batch = PackedCollator(pad_token_id=9)([blank_row(9), row])
+    assert batch["input_ids"].tolist() == [[9, 9], [1, 2]]
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE], [IGNORE, 2]]
+    assert batch["position_ids"].tolist() == [[0, 0], [0, 1]]
+    assert batch["tokens"].tolist() == [2]
+
+
+# --- rows of files, with the tokenising replaced: a "file" is a store ----------------------------------------
+
+
+def given(_conversion, files: list[TokenStore]) -> TokenStore:
+    (store,) = files
+    return store
+
+
+@pytest.mark.parametrize("strategy, lengths", [("blocks", [5, 5, 2]), ("best_fit", [4, 5, 3])])
+def test_texts_become_rows_to_train_and_a_few_to_evaluate_on(strategy, lengths) -> None:
+    train = TokenStore.of(input_ids=[[1, 2, 3, 0], [4, 5, 0], [6, 7, 8, 9, 0]])
+    rows = pack_texts(given, [train], [train], 0, 5, 0, strategy, max_eval_rows=2)
+    assert sorted(len(row["input_ids"]) for row in rows.train) == sorted(lengths)
+    assert lists(rows.evaluation) == lists(rows.train)[:2]
+    assert rows.summary.startswith("3 documents, 12 tokens in 3 rows, 80.0% filled, ")
+    assert rows.summary.endswith(f" pieces of 5 ({strategy})")
+    assert len(pack_texts(given, [train], [train], 0, 5, 0, strategy, max_eval_rows=9).evaluation) == 3
+    assert pack_texts(given, [train], [], 0, 5, 0, strategy, 2).evaluation is None
+
+
+def test_conversations_become_rows_to_train_and_a_few_to_evaluate_on() -> None:
+    store = of_pieces(Piece.of([1, 2, 3], [0, 1, 1]), Piece.of([4, 5], [0, 1]), Piece.of([6, 7], [0, 1]))
+    store.manifest["counts"] = {"kept": 2, "cut": 1, "dropped": 4, "trained_tokens": 4}
+    rows = pack_conversations(given, [store], [store], 4, 0, pack=False, max_eval_rows=1)
+    assert [len(row["input_ids"]) for row in lists(rows.train)].count(2) == 2 and len(rows.train) == 3
+    assert lists(rows.evaluation) in ([row] for row in lists(pack_rows(store, 4, 0)))
+    assert len(pack_conversations(given, [store], [store], 4, 0, True, 9).evaluation) == 2, "evaluation is packed"
+    assert len(pack_conversations(given, [store], [], 4, 0, True, 9).train) == 2
+    assert rows.summary == (
+        "3 conversations (1 cut and 4 dropped as too long), 4 trained of 7 tokens in 3 rows, 58.3% filled, "
+        "0 documents split into 0 pieces of 4"
+    )
+    assert pack_conversations(given, [store], [], 4, 0, True, 9).evaluation is None
+    empty = TokenStore.of(input_ids=[], labels=[])
+    empty.manifest["counts"] = {"dropped": 4}
+    for files in ([empty], [store]), ([store], [empty]):
+        with pytest.raises(UserError, match=r"within 4 tokens \(4 dropped\)"):
+            pack_conversations(given, *files, 4, 0, True, 9)
+
+
+def test_stores_are_named_by_stage_and_keep_its_columns() -> None:
+    found = [(each.kind, each.columns, each.settings) for each in (documents(7), conversations(8), preferences(9))]
+    assert found == [
+        ("pretrain", ("input_ids",), {"end_id": 7}),
+        ("sft", ("input_ids", "labels"), {"max_length": 8}),
+        ("dpo", ("prompt_ids", "chosen_ids", "rejected_ids"), {"max_length": 9}),
+    ]
+
+
+def test_a_pair_costs_its_prompt_and_its_longer_answer() -> None:
+    pairs = Dataset.from_dict(
+        {"prompt_ids": [[1, 2], [1]], "chosen_ids": [[3], [2, 3]], "rejected_ids": [[4, 5, 6], [4]]}
+    )
+    assert pair_lengths(pairs).tolist() == [5, 3]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -465,6 +465,22 @@ def test_engine_failures(scripted: Scripted, tokenizer: PreTrainedTokenizerFast)
             assert "secret" not in str(failed.value)
 
 
+def test_an_answer_whose_grammar_gives_up_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    class GivesUp(ScriptedEngine):
+        async def generate(self, request: Any) -> Any:
+            yield TokenEvent(self.reply[0])
+            yield TokenEvent(self.reply[1], finish_reason="error")
+
+    engine = GivesUp(tokenizer)
+    engine.will_say("some text")
+    with serving(create_app(engine, tokenizer, "scripted")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="too complex"):
+            client.chat.completions.create(model="scripted", messages=QUESTION)
+        with pytest.raises(openai.APIError, match="too complex"):
+            list(client.chat.completions.create(model="scripted", messages=QUESTION, stream=True))
+
+
 # --- keys, routes, disconnects
 # --------------------------------------------------------------------------------
 

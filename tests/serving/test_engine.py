@@ -1,6 +1,7 @@
 """The engine against transformers' own `generate`, naive sampling, and itself alone."""
 
 import asyncio
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from smolkit.engine import (
     TorchEngine,
     generate_batch,
 )
-from smolkit.sampling import Sampler
+from smolkit.sampling import Sampler, logprobs_of
 
 from .conftest import tiny_config
 
@@ -103,6 +104,36 @@ def test_peft_model() -> None:
     assert answer == expected[0, 3:].tolist() and [answer] != plain
 
 
+LAYERS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+
+
+@pytest.mark.parametrize("parts", [[part] for part in LAYERS.split()] + [LAYERS.split()], ids=" ".join)
+def test_an_adapter_beside_the_weights_answers_as_if_merged(parts: list[str]) -> None:
+    """Two prompts with the adapter and two without in one batch, against transformers' `generate`."""
+    model, prompts = random_model("dense"), random_prompts(2)
+    merged, pairs = copy.deepcopy(model), {}
+    for name in [f"model.layers.{number}.{part}" for number in range(2) for part in parts]:
+        weight = merged.get_submodule(name).weight
+        pairs[name] = torch.randn(2, weight.shape[1]) * 0.4, torch.randn(weight.shape[0], 2) * 0.4
+        weight.data += pairs[name][1] @ pairs[name][0]
+    batch = ContinuousBatch(model)
+    batch.decoder.adapt("a", dict(pairs))
+    names = [name for _ in prompts for name in ("a", None)]
+    requests = [GenerationRequest(p, 12, 0.0, adapter=name) for p, name in zip(sorted(prompts * 2), names, strict=True)]
+    answers = answers_of(batch, requests)
+    for request, answer in zip(requests, answers, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        output = (merged if request.adapter else model).generate(ids, **options)
+        assert answer == output[0, ids.shape[1] :].tolist()
+    assert answers[0] != answers[1] or answers[2] != answers[3]
+    with torch.inference_mode():
+        (logits,) = batch.decoder.prompt_logits(prompts[0], "a")
+        torch.testing.assert_close(logits, merged(torch.tensor(prompts[:1])).logits[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="lm_head can only be adapted by merging"):
+        batch.decoder.adapt("b", {"lm_head": (torch.zeros(1, 32), torch.zeros(VOCABULARY, 1))})
+
+
 def test_logprobs_are_the_models_own() -> None:
     """Against one uncached forward pass over the finished answer."""
     model = random_model("dense")
@@ -120,6 +151,25 @@ def test_logprobs_are_the_models_own() -> None:
         values, ids = row.topk(4)
         assert [i for i, _ in event.top_logprobs] == ids.tolist()
         assert [v for _, v in event.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense", "qwen3_moe"])
+def test_scores_of_a_long_prompt_are_the_models_own(kind: str) -> None:
+    """Over several blocks of 256 positions; also of a prompt of one token, which has nothing to score."""
+    model, (prompt,) = long_model(kind, torch.float32), long_prompts(1, 600, 601)
+    batch = ContinuousBatch(model)
+    sequences = [batch.start(GenerationRequest(p, 2, 0.0, prompt_logprobs=1)) for p in (prompt, prompt[:1])]
+    for sequence in sequences:
+        batch.add(sequence)
+    first = {sequence: event for sequence, event in batch.step() + batch.step() if event.prompt_logprobs}
+    assert first[sequences[1]].prompt_logprobs == ((None, ()),)
+    scores = first[sequences[0]].prompt_logprobs
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert len(scores) == 600 and scores[0] == (None, ())
+    for row, token, (score, top) in zip(expected, prompt[1:], scores[1:], strict=False):
+        assert score == pytest.approx(float(row[token]), abs=1e-4)
+        assert [v for _, v in top] == pytest.approx([float(row.max())], abs=1e-4)
 
 
 # --- sampling
@@ -154,14 +204,16 @@ def naive_probabilities(
         {"top_p": 0.7},
         {"min_p": 0.3},
         {"temperature": 2.0, "top_k": 5, "top_p": 0.8, "min_p": 0.2},
+        {"top_p": 0.75, "min_p": 0.3},  # two of the three that min_p leaves
         {"top_p": 1e-9},
     ],
 )
 def test_sampling_frequencies(settings: dict[str, float]) -> None:
-    expected = naive_probabilities(**settings)
+    order = [3, 0, 5, 1, 6, 2, 4]  # the most likely token is not the first one
+    expected, logits = [naive_probabilities(**settings)[i] for i in order], LOGITS[order]
     sampler = Sampler(GenerationRequest([0], 1, seed=0, **settings), len(LOGITS))
     draws = 1500
-    counts = torch.bincount(torch.tensor([sampler.pick(LOGITS) for _ in range(draws)]), minlength=len(LOGITS))
+    counts = torch.bincount(torch.tensor([sampler.pick(logits) for _ in range(draws)]), minlength=len(LOGITS))
     for count, probability in zip(counts.tolist(), expected, strict=True):
         spread = math.sqrt(probability * (1 - probability) / draws)
         assert abs(count / draws - probability) <= 5 * spread
@@ -182,6 +234,91 @@ def test_greedy_penalties_and_bias() -> None:
     assert picks(2, repetition_penalty=2.0) == [0, 1]
     assert picks(1, prompt=[0], repetition_penalty=2.0) == [1]
     assert picks(1, logit_bias={6: 100.0}) == [6] and picks(1, logit_bias={0: -100.0}) == [1]
+    assert picks(1, top_k=50) == [0], "a limit above the vocabulary is none"
+
+
+def test_the_repetition_penalty_lowers_negative_logits_too() -> None:
+    logits = torch.tensor([-1.0, -1.5, -9.0])
+    request = GenerationRequest([0, 99], 1, temperature=0, repetition_penalty=2.0)  # 99 is no row of this vocabulary
+    assert Sampler(request, 3).pick(logits) == 1
+    assert Sampler(GenerationRequest([2], 1, temperature=0, repetition_penalty=2.0), 3).pick(logits) == 0
+    assert Sampler(GenerationRequest([99], 1, temperature=0, repetition_penalty=2.0), 3).pick(logits) == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {1: 1.0}},
+        {"min_tokens": 1},
+    ],
+)
+def test_the_largest_logit_is_taken_unseen_only_where_nothing_changes_it(settings: dict[str, object]) -> None:
+    assert Sampler(GenerationRequest([0], 1, temperature=0, top_p=0.5, logprobs=1), 3).plain_greedy
+    assert not Sampler(GenerationRequest([0], 1, **{"temperature": 0, **settings}), 3).plain_greedy
+
+
+def test_an_answer_does_not_end_before_its_least_length() -> None:
+    request = GenerationRequest([6], 4, temperature=0, stop_ids=[0, 1], min_tokens=2)
+    sampler = Sampler(request, len(LOGITS))
+    assert [sampler.pick(LOGITS.clone()) for _ in range(4)] == [2, 2, 0, 0]
+
+
+class GivesUp:
+    """A grammar, and its own mask, that allows one token at a time and can no longer be followed after two."""
+
+    def __init__(self) -> None:
+        self.advanced: list[int] = []
+
+    @property
+    def failed(self) -> bool:
+        return len(self.advanced) == 2
+
+    def mask(self) -> "GivesUp":
+        return self
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor(20 + len(self.advanced)), 0.0)
+
+    def advance(self, token: int) -> None:
+        self.advanced.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_ends_with_an_error_when_its_grammar_gives_up(temperature: float) -> None:
+    batch, grammar = ContinuousBatch(random_model("dense")), GivesUp()
+    batch.add(batch.start(GenerationRequest([7, 8], 9, temperature, grammar=grammar)))
+    events = [event for _ in range(2) for _, event in batch.step()]
+    assert [(event.token_id, event.finish_reason) for event in events] == [(20, None), (21, "error")]
+    assert grammar.advanced == [20, 21] and len(batch) == 0
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="Linear: generation here takes SmolForCausalLM"):
+        ContinuousBatch(torch.nn.Linear(2, 2))
+
+
+def test_a_seed_gives_the_same_draws_and_no_seed_gives_others() -> None:
+    def draws(**settings: object) -> list[int]:
+        sampler = Sampler(GenerationRequest([6], 1, **settings), 1000)
+        return [sampler.pick(torch.zeros(1000)) for _ in range(8)]
+
+    assert draws(seed=3) == draws(seed=3) != draws(seed=4)
+    assert draws() != draws()
+
+
+def test_scores_are_the_log_probabilities_in_order() -> None:
+    logits = torch.log(torch.tensor([0.2, 0.5, 0.3]))
+    assert logprobs_of(logits, 0, None) == (None, ())
+    score, top = logprobs_of(logits, 0, 0)
+    assert score == pytest.approx(math.log(0.2)) and top == ()
+    score, top = logprobs_of(logits, 2, 2)
+    assert score == pytest.approx(math.log(0.3))
+    assert [i for i, _ in top] == [1, 2] and [v for _, v in top] == pytest.approx([math.log(0.5), math.log(0.3)])
+    assert [i for i, _ in logprobs_of(logits, 0, 20)[1]] == [1, 2, 0]
 
 
 # --- the asynchronous engine --------------------------------------------------------------------------------
@@ -306,6 +443,15 @@ def test_a_failing_step_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
             await collect(engine, request_of([7, 8]))
 
     asyncio.run(closed())
+
+
+def test_limits_are_those_of_the_device_unless_given() -> None:
+    for given, expected in (({}, (128, 512, 16)), ({"chunk": 32, "max_num_seqs": 3}, (32, 512, 3))):
+        engine = TorchEngine(random_model("dense"), **given)
+        batch = engine._batch
+        assert (batch.chunk, batch.max_num_batched_tokens, batch.max_num_seqs) == expected
+        assert (engine.model_name, engine.adapters, engine.max_model_len) == ("model", (), 512)
+        engine.close()
 
 
 def test_limits_are_checked() -> None:
@@ -435,6 +581,31 @@ def test_prefixes_stay_in_their_share() -> None:
     answers_of(batch, [GenerationRequest(prompts[0], 2, 0.0)])
     assert batch.reused_tokens - before == (len(prompts[-1]) - 1) // 128 * 128
     assert prefixes.find("an adapter", prompts[-1], 128) == []
+
+
+def test_an_adapter_does_not_reuse_what_the_model_alone_computed() -> None:
+    model, (prompt,) = long_model("dense"), long_prompts(1, 300, 301)
+    pairs = {f"model.layers.{number}.self_attn.k_proj": (torch.randn(4, 32), torch.randn(64, 4)) for number in range(2)}
+
+    def answers(adapters: list[str | None], **options: object) -> tuple[list[list[int]], int]:
+        batch = ContinuousBatch(model, chunk=128, budget=2**26, **options)
+        batch.decoder.adapt("a", pairs)
+        found = [answers_of(batch, [GenerationRequest(prompt, 20, 0.0, adapter=name)])[0] for name in adapters]
+        return found, batch.reused_tokens
+
+    turns = [None, "a", None, "a"]
+    expected, none = answers(turns, prefix_reuse=False)
+    assert expected[0] != expected[1] and none == 0
+    assert answers(turns) == (expected, 2 * 256)
+
+
+def test_the_least_budget_holds_the_longest_sequence() -> None:
+    model, limits = long_model("dense"), {"chunk": 128, "max_model_len": 600, "prefix_reuse": False}
+    least = (256 + 608) * ContinuousBatch(model).cache.column_bytes  # its last two rows, for the move
+    batch = ContinuousBatch(model, budget=least, **limits)
+    assert [len(answer) for answer in answers_of(batch, [GenerationRequest([7] * 200, 400, 0.0)])] == [400]
+    with pytest.raises(ValueError, match="600 tokens needs"):
+        ContinuousBatch(model, budget=least - 1, **limits)
 
 
 def test_a_budget_that_holds_no_sequence_is_refused() -> None:
