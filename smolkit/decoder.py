@@ -10,6 +10,7 @@ The operations and their order are those of the model, so greedy answers are the
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -126,6 +127,13 @@ class _Layer:
         else:
             self.mlp = GatedMlp(Projection(mlp.gate_proj), Projection(mlp.up_proj), Projection(mlp.down_proj))
 
+    @property
+    def is_packed(self) -> bool:
+        parts = [self.qkv, self.out]
+        if isinstance(self.mlp, GatedMlp):
+            parts += [self.mlp.gate, self.mlp.up, self.mlp.down]
+        return isinstance(self.mlp, GatedMlp) and all(part.packed for part in parts)
+
     def adapt(self, name: str, pairs: dict[str, Pair]) -> None:
         """Take what an adapter changes here out of `pairs`, whose keys are module names inside this layer."""
         parts = {self.qkv: "self_attn.q_proj self_attn.k_proj self_attn.v_proj", self.out: "self_attn.o_proj"}
@@ -199,6 +207,15 @@ class Decoder:
             self.norm, self.eps = model.model.norm.weight, model.config.rms_norm_eps
             self.head = Projection(model.lm_head)
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether what a token computes is the same to the last bit, whatever the number of tokens beside it.
+
+        Measured on CPUs for products with reordered weights, which always go through their inner dimension in the same
+        order; not true of torch's other products from 33 rows on (bf16), or at all (float32, experts).
+        """
+        return all(layer.is_packed for layer in self.layers)
+
     def adapt(self, name: str, pairs: dict[str, Pair]) -> None:
         """Add a LoRA adapter beside the weights: (A, scaled B) by module name. ValueError for what cannot be added."""
         for number, layer in enumerate(self.layers):
@@ -211,47 +228,51 @@ class Decoder:
             raise ValueError(f"{next(iter(pairs))} can only be adapted by merging")
 
     def prefill(
-        self, rows: Sequence[Row], chunks: Sequence[list[int]], start: int, adapters: Sequence[str | None], ends: bool
+        self,
+        rows: Sequence[Row],
+        chunks: Sequence[list[int]],
+        starts: Sequence[int],
+        adapters: Sequence[str | None],
+        ends: Sequence[bool],
     ) -> Tensor | None:
-        """Run the next tokens of prompts, the first `start` of which are in their rows already.
+        """Run the next tokens of prompts, whose first `starts` tokens are in their rows already.
 
-        Returns logits of the token after each chunk, (R, V) float32, if the prompts end there (`ends`), else None.
-        Chunks are padded on the right: causal attention keeps real tokens blind to it.
+        The tokens of all go through the layers together, (N, D); attention is each prompt's own. Returns the logits
+        (E, V), float32, of the token after each prompt that `ends` here, or None where none does.
         """
-        lengths = torch.tensor([len(chunk) for chunk in chunks], device=self.device)
-        R, T = len(chunks), max(map(len, chunks))
-        tokens = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks], device=self.device)
-        rotation = self.rotation(torch.arange(start, start + T, device=self.device).expand(R, T))
-        users = self.users([name for name in adapters for _ in range(T)])
-        last = torch.arange(R, device=self.device) * T + lengths - 1
-        x = F.embedding(tokens.view(-1), self.embedding)  # (R*T, D)
-        states = [row.states for row in rows]
+        sizes = [len(chunk) for chunk in chunks]
+        stops = list(accumulate(sizes))
+        positions = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        rotation = self.rotation(torch.cat(positions)[None].to(self.device))
+        users = self.users([name for name, size in zip(adapters, sizes, strict=True) for _ in range(size)])
+        tokens = torch.tensor([token for chunk in chunks for token in chunk], device=self.device)
+        x = F.embedding(tokens, self.embedding)  # (N, D)
+        firsts = [stop - size for stop, size in zip(stops, sizes, strict=True)]
+        parts = list(zip([row.states for row in rows], firsts, sizes, starts, strict=True))
         for number, layer in enumerate(self.layers):
-            flat = layer.heads(x, rotation, users)  # (R*T, H + 2K, Dh)
-            query, key, value = flat.view(R, T, -1, layer.Dh).transpose(1, 2).split((layer.H, layer.K, layer.K), dim=1)
-            for own, keys, values, length in zip(states, key, value, map(len, chunks), strict=True):
-                own[number, 0, :, start : start + length] = keys[:, :length]
-                own[number, 1, :, start : start + length] = values[:, :length]
-            final = layer is self.layers[-1]
-            if final and not ends:
-                return None
-            if start or final:
-                key, value = self.gather(states, number, start, key, value)
-            if final:  # of which only the last token of each row is wanted
-                mask = self.mask(start + lengths, start + T)
-                mixed = attend_once(flat[last, : layer.H], key, value, mask, layer.scaling)
-                return self.logits(layer.rest(x[last], mixed, self.users(adapters)))
-            mixed = self.attend(query, key, value, layer.scaling, start).reshape(R * T, -1)
-            x = layer.rest(x, mixed, users)
-        raise AssertionError("a model without layers")
-
-    @staticmethod
-    def gather(
-        states: Sequence[Tensor], layer: int, start: int, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values (R, K, start + T, Dh) of a layer side by side: `start` columns of the rows, then new ones."""
-        old = torch.stack([own[layer, :, :, :start] for own in states], dim=1)  # (2, R, K, start, Dh)
-        return torch.cat((old[0], key), dim=2), torch.cat((old[1], value), dim=2)
+            heads = layer.heads(x, rotation, users).transpose(0, 1)  # (H + 2K, N, Dh)
+            final, mixed = layer is self.layers[-1], []
+            for (states, first, size, start), end in zip(parts, ends, strict=True):
+                query, key, value = heads[:, first : first + size].split((layer.H, layer.K, layer.K))  # (., T, Dh)
+                states[number, 0, :, start : start + size] = key
+                states[number, 1, :, start : start + size] = value
+                if final and not end:
+                    continue
+                if start:
+                    key, value = states[number, :, :, : start + size]  # (K, start + T, Dh)
+                key, value = key[None].contiguous(), value[None].contiguous()
+                if final:  # of which only the last token is wanted
+                    mask = self.mask(torch.tensor([start + size], device=self.device), start + size)
+                    mixed.append(attend_once(query[None, :, -1], key, value, mask, layer.scaling))
+                else:
+                    mixed.append(self.attend(query[None], key, value, layer.scaling, start).reshape(size, -1))
+            if not final:
+                x = layer.rest(x, torch.cat(mixed), users)
+        if not mixed:
+            return None
+        last = torch.tensor([stop - 1 for stop, end in zip(stops, ends, strict=True) if end], device=self.device)
+        users = self.users([name for name, end in zip(adapters, ends, strict=True) if end])
+        return self.logits(layer.rest(x[last], torch.cat(mixed), users))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, start: int = 0) -> Tensor:
         """Causal attention of T positions from `start` on: query (R, H, T, Dh), key and value (R, K, start + T, Dh)

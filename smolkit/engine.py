@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -103,9 +103,10 @@ class ContinuousBatch:
     choosing anew: its answer does not change. (Admission by the worst case, prompt plus `max_tokens`, would leave most
     of the memory unused, because most answers end early.)
 
-    Prompts run in chunks that end at multiples of `chunk` tokens, each sequence alone: what a prompt computes does not
-    depend on other requests, and whole chunks can be reused by prompts that begin alike, to the last bit. `chunk` None
-    runs new sequences whole and together, without reuse.
+    Prompts run in chunks that end at multiples of `chunk` tokens, several sequences together where that changes no bit
+    (`Decoder.rows_are_independent`), else each alone: what a prompt computes does not depend on other requests, and
+    whole chunks can be reused by prompts that begin alike. `chunk` None runs new sequences whole and together, without
+    reuse.
 
     `vocab_limit`: padded vocabulary rows (the embedding may be larger than the tokenizer) are never chosen; they keep
     their share of the probability, as in transformers and vLLM. `budget` is bytes for keys and values, None unlimited.
@@ -125,6 +126,7 @@ class ContinuousBatch:
         prefix_reuse: bool = True,
     ) -> None:
         self.decoder = Decoder(model)
+        self.prompts_together = self.decoder.rows_are_independent
         rows = self.decoder.config.vocab_size
         self.vocab_size = min(vocab_limit or rows, rows)
         self.max_num_seqs, self.max_num_batched_tokens, self.chunk = max_num_seqs, max_num_batched_tokens, chunk
@@ -217,34 +219,61 @@ class ContinuousBatch:
 
     def _prefill(self) -> list[tuple[_Sequence, TokenEvent]]:
         """The next chunks of prompts."""
-        results: list[tuple[_Sequence, TokenEvent]] = []
-        pending, left = [sequence for sequence in self.running if sequence.in_prompt], self.max_num_batched_tokens
+        pending = [sequence for sequence in self.running if sequence.in_prompt]
         if self.chunk is None:
-            return self._run_chunks(pending, 0) if pending else results
-        for sequence in _in_turn(pending):
-            size = min(self.chunk - sequence.length % self.chunk, sequence.prompt_length - sequence.length)
-            if size > left:
-                break
-            left -= size
-            results += self._run_chunks([sequence], size)
+            return self._run_chunks({sequence: sequence.prompt_length for sequence in pending}) if pending else []
+        results: list[tuple[_Sequence, TokenEvent]] = []
+        plan = self._plan(pending, self.chunk)
+        while plan:
+            wave = {sequence: ends.pop(0) for sequence, ends in plan.items()}
+            # Adapters' products are small ones of torch's, which differ in the last bit.
+            together = {s: end for s, end in wave.items() if self.prompts_together and s.request.adapter is None}
+            groups = [together] if together else []
+            groups += [{sequence: end} for sequence, end in wave.items() if sequence not in together]
+            for group in groups:
+                results += self._run_chunks(group)
+            plan = {sequence: ends for sequence, ends in plan.items() if ends}
         return results
 
-    def _run_chunks(self, sequences: list[_Sequence], size: int) -> list[tuple[_Sequence, TokenEvent]]:
-        """Run `size` tokens of prompts (0: what is left of each) and choose the first token where one ends."""
-        start = sequences[0].length
-        ends = [start + size if size else sequence.prompt_length for sequence in sequences]
+    def _plan(self, pending: Sequence[_Sequence], chunk: int) -> dict[_Sequence, list[int]]:
+        """Where the next chunks of each prompt end, within the tokens of a step.
+
+        First comes one of the oldest prompt, so that it comes to its end; then those that end soonest.
+        """
+        plan: dict[_Sequence, list[int]] = {}
+        left = self.max_num_batched_tokens
+        soonest = sorted(pending, key=lambda sequence: sequence.prompt_length - sequence.length)
+        for sequence, once in [*((oldest, True) for oldest in pending[:1]), *((each, False) for each in soonest)]:
+            ends = plan.get(sequence, [])
+            position = ends[-1] if ends else sequence.length
+            while position < sequence.prompt_length:
+                end = min((position // chunk + 1) * chunk, sequence.prompt_length)
+                left -= end - position
+                if left < 0:
+                    return plan
+                plan.setdefault(sequence, []).append(end)
+                position = end
+                if once:
+                    break
+        return plan
+
+    def _run_chunks(self, ends: dict[_Sequence, int]) -> list[tuple[_Sequence, TokenEvent]]:
+        """Run the prompts of sequences up to `ends`, and choose the first token where a prompt ends."""
+        complete = [sequence.prompt_length == end for sequence, end in ends.items()]
         logits = self.decoder.prefill(
-            [sequence.place for sequence in sequences],
-            [sequence.tokens[start:end] for sequence, end in zip(sequences, ends, strict=True)],
-            start,
-            [sequence.request.adapter for sequence in sequences],
-            ends=ends[0] == sequences[0].prompt_length,
+            [sequence.place for sequence in ends],
+            [sequence.tokens[sequence.length : end] for sequence, end in ends.items()],
+            [sequence.length for sequence in ends],
+            [sequence.request.adapter for sequence in ends],
+            complete,
         )
-        for sequence, end in zip(sequences, ends, strict=True):
+        for sequence, end in ends.items():
             sequence.length = end
             if self.prefix_reuse and self.chunk is not None and end % self.chunk == 0:
                 self.cache.keep_prefix(sequence.request.adapter, sequence.tokens[:end], self.chunk, sequence.place)
-        return [] if logits is None else self._choose_new(sequences, logits)
+        if logits is None:
+            return []
+        return self._choose_new([sequence for sequence, done in zip(ends, complete, strict=True) if done], logits)
 
     def _decode(self) -> list[tuple[_Sequence, TokenEvent]]:
         """One token of every sequence that is past its prompt."""
@@ -314,14 +343,6 @@ class ContinuousBatch:
             pairs, count = zip(logits, tokens, strict=False), request.prompt_logprobs
             scores += [logprobs_of(row, token, count, self.vocab_size) for row, token in pairs]
         return tuple(scores)
-
-
-def _in_turn(pending: Sequence[_Sequence]) -> Iterator[_Sequence]:
-    """Whose chunk is next: one of the oldest prompt, so that it comes to its end; then those that end soonest."""
-    yield from pending[:1]
-    for sequence in sorted(pending, key=lambda sequence: sequence.prompt_length - sequence.length):
-        while sequence.in_prompt:
-            yield sequence
 
 
 class _Ticket:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
 from smolkit.chat import chat_stop_ids
+from smolkit.decoder import Decoder
 from smolkit.engine import (
     ContinuousBatch,
     DeadlineExceeded,
@@ -312,13 +313,13 @@ def test_a_seed_gives_the_same_draws_and_no_seed_gives_others() -> None:
 
 def test_scores_are_the_log_probabilities_in_order() -> None:
     logits = torch.log(torch.tensor([0.2, 0.5, 0.3]))
-    assert logprobs_of(logits, 0, None) == (None, ())
-    score, top = logprobs_of(logits, 0, 0)
+    assert logprobs_of(logits, 0, None, 3) == (None, ())
+    score, top = logprobs_of(logits, 0, 0, 3)
     assert score == pytest.approx(math.log(0.2)) and top == ()
-    score, top = logprobs_of(logits, 2, 2)
+    score, top = logprobs_of(logits, 2, 2, 3)
     assert score == pytest.approx(math.log(0.3))
     assert [i for i, _ in top] == [1, 2] and [v for _, v in top] == pytest.approx([math.log(0.5), math.log(0.3)])
-    assert [i for i, _ in logprobs_of(logits, 0, 20)[1]] == [1, 2, 0]
+    assert [i for i, _ in logprobs_of(logits, 0, 20, 3)[1]] == [1, 2, 0]
 
 
 # --- the asynchronous engine --------------------------------------------------------------------------------
@@ -362,6 +363,38 @@ def test_bf16_answers_do_not_depend_on_company() -> None:
         for sequence, event in batch.step():
             answers.setdefault(sequence, []).append(event.token_id)
     assert [answers[sequence] for sequence in order] == alone
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_prompts_that_run_together_compute_what_they_do_alone(kind: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Chunks of several prompts share the products exactly where that changes no bit of any log-probability."""
+    model, sizes = random_model(kind).to(dtype), []
+    random = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(6, VOCABULARY, (n,), generator=random).tolist() for n in (1, 5, 16, 17, 40, 64, 33, 70)]
+    prefill = Decoder.prefill
+    counted = lambda decoder, rows, *rest: sizes.append(len(rows)) or prefill(decoder, rows, *rest)  # noqa: E731
+    monkeypatch.setattr(Decoder, "prefill", counted)
+
+    def answer(prompts: list[list[int]]) -> list[list[TokenEvent]]:
+        batch = ContinuousBatch(model, chunk=16, max_num_batched_tokens=100)
+        sequences = [batch.start(GenerationRequest(p, 4, 0.0, logprobs=3)) for p in prompts]
+        events: dict = {sequence: [] for sequence in sequences}
+        for sequence in sequences:
+            batch.add(sequence)
+        while len(batch):
+            for sequence, event in batch.step():
+                events[sequence].append(event)
+        return [events[sequence] for sequence in sequences]
+
+    alone = [answer([prompt])[0] for prompt in prompts]
+    sizes.clear()
+    together = answer(prompts)
+    assert [events[0] for events in together] == [events[0] for events in alone]  # what the prompt computes
+    assert together == alone or dtype == torch.float32  # whose decoding rounds by the number of rows
+    assert (max(sizes) > 1) == ContinuousBatch(model, chunk=16).decoder.rows_are_independent
+    if dtype == torch.float32 or kind == "moe":
+        assert max(sizes) == 1
 
 
 def test_cancelling_frees_the_place() -> None:
