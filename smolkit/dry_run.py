@@ -370,6 +370,7 @@ def resolved(stage: StageArguments, new: NewModelArguments | None, args: Trainin
     defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
     values = json.loads(args.to_json_string())
     changed = {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
+    changed.pop("hub_token", None)  # always shown as "<HUB_TOKEN>", given or not
     keep = (
         "output_dir learning_rate lr_scheduler_type max_steps num_train_epochs per_device_train_batch_size seed".split()
     )
