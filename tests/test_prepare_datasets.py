@@ -489,7 +489,8 @@ def test_tiny_writes_every_part_and_only_what_is_asked(tmp_path: Path, run_scrip
 
 
 def test_tiny_leaves_no_report_of_the_data_it_replaces(tmp_path: Path) -> None:
-    lines(tmp_path / "copies" / "gsm8k" / "train.jsonl", [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(5)])
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(5)]
+    lines(tmp_path / "copies" / "gsm8k" / "train.jsonl", rows)
     flags = ["--sft", "--output_dir", str(tmp_path)]
     prepare_datasets.main(["--source", "local", "--path", str(tmp_path / "copies"), "--datasets", "gsm8k", *flags])
     assert (tmp_path / "sft" / "prepare_report.json").is_file()
