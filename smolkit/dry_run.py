@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from smol_model import PRESETS, SmolConfig, count_parameters, preset_config
 from smolkit import planner
@@ -371,6 +372,8 @@ def resolved(stage: StageArguments, new: NewModelArguments | None, args: Trainin
     values = json.loads(args.to_json_string())
     changed = {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
     changed.pop("hub_token", None)  # always shown as "<HUB_TOKEN>", given or not
+    if changed.get("accelerator_config") == AcceleratorConfig().to_dict():  # always filled in
+        del changed["accelerator_config"]
     keep = (
         "output_dir learning_rate lr_scheduler_type max_steps num_train_epochs per_device_train_batch_size seed".split()
     )

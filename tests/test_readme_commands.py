@@ -139,6 +139,14 @@ def test_what_is_neither_run_nor_possible_everywhere_says_so() -> None:
         assert all(prepared(case) for case in cases), f"{words!r}: nothing is run"
 
 
+def test_what_not_everybody_has_is_marked() -> None:
+    rare = re.compile(r"^(pip|ray|vllm|jupyter|sbatch|make) |serve_vllm\.py|two_nodes|\b[A-Z]\w+/[A-Z]\w+|hellaswag")
+    found = [command for content in shell_blocks() for command in commands(content) if rare.search(command.text)]
+    assert len(found) > 20
+    for command in found:
+        assert command.needs, f"the README does not say what this needs: {command.text}"
+
+
 def test_a_mark_speaks_for_its_command() -> None:
     """The reader of blocks, by hand."""
     content = "a \\\n  b   # needs vLLM\nc\n# (needs 4 GPUs)\nd\ne\n# here\nf\ncat > x <<'END'\ng\nEND\n"
@@ -182,12 +190,12 @@ def invocations(words: Sequence[str]) -> Iterator[tuple[list[str], str, list[str
     """Each Python program in a command: the words before it, its module, its arguments."""
     for number, word in enumerate(words):
         module = None
-        if re.fullmatch(r"\w+\.py", word) and (number == 0 or words[number - 1] not in ("-r", "cp", "--config")):
+        if re.fullmatch(r"\w+\.py", word):
             module = word.removesuffix(".py")
         elif word == "-m" and words[:number][-1:] == ["python"]:
             number += 1
             module = words[number]
-        if module is not None and words[0] not in ("mkdir", "cp"):
+        if module is not None and words[0] != "mkdir":  # which only copies them
             rest = words[number + 1 :]
             end = next((i for i, item in enumerate(rest) if item in ("&", "&&", "|", ";")), len(rest))
             yield list(words[:number]), module, [item for item in rest[:end] if item != "…"]
@@ -272,7 +280,11 @@ def test_flags_are_those_of_the_programs(text: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_wrong_flag_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("python -m smolkit.report --run_dirs x", "python export.py --model_path x --format gguf"):
+    for text in (
+        "python -m smolkit.report --run_dirs x",
+        "python export.py --model_path x --format gguf",
+        "torchrun --nproc_per_node 2 train_dpo.py --data_path x --model_path x --betas 1",
+    ):
         for _, module, argv in invocations(words_of(text)):
             with pytest.raises((SystemExit, ValueError)):
                 parse(module, argv, monkeypatch)
@@ -407,6 +419,7 @@ def planned(_: Path, output: str) -> None:
     """The first plan is a text, the second JSON."""
     text, _, plan = output.partition("\n{")
     assert "6,915,624,960 parameters" in text
+    assert "accelerator_config" not in text and "hub_token" not in text, "the library's defaults are shown as settings"
     assert json.loads("{" + plan[: plan.rindex("}") + 1])["model"]
 
 
