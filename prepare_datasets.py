@@ -229,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     elif args.source == "tiny":
         parts = [part for part in PARTS if getattr(args, part)] or PARTS
         tiny_parts = {"exam"}.union(*(TINY_PARTS[part] for part in parts))
+        for part in parts:  # a report of other data that lay there would speak of these files
+            (args.output_dir / part / REPORT).unlink(missing_ok=True)
         for path, count in tiny_world.write(args.output_dir, args.seed, tiny_parts, small=args.small).items():
             print(f"{count:7} rows  {path}")
     else:

@@ -69,7 +69,7 @@ def _broken(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
 def _learning(rows: Sequence[dict[str, Any]], setting: Setting) -> Iterator[Finding]:
     steps, losses = series(rows, "loss")
     if len(losses) < FEWEST:
-        text = f"Only {len(losses)} losses were logged: too few to judge the curve."
+        text = f"Losses logged: {len(losses)}, too few to judge the curve."
         yield Finding("note", "too_short", text, "train longer, or lower --logging_steps")
         return
     first, now, error = ends(losses)

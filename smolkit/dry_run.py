@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from smol_model import PRESETS, SmolConfig, count_parameters, preset_config
 from smolkit import planner
@@ -375,6 +376,9 @@ def resolved(stage: StageArguments, new: NewModelArguments | None, args: RunArgu
     defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
     values = json.loads(args.to_json_string())
     changed = {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
+    changed.pop("hub_token", None)  # always shown as "<HUB_TOKEN>", given or not
+    if changed.get("accelerator_config") == AcceleratorConfig().to_dict():  # always filled in
+        del changed["accelerator_config"]
     keep = (
         "output_dir learning_rate lr_scheduler_type max_steps num_train_epochs per_device_train_batch_size seed".split()
     )

@@ -13,7 +13,7 @@ def judge_preferences(rows: Sequence[dict[str, Any]], setting: Setting) -> Itera
     """Whether a preference was learned, and what it cost."""
     steps, margins = series(rows, "rewards/margins")
     if len(margins) < 3:
-        text = f"Only {len(margins)} windows were logged: too few to judge."
+        text = f"Windows logged: {len(margins)}, too few to judge."
         yield Finding("note", "too_short", text, "train longer, or lower --logging_steps")
         return
     margin, accuracy = _last(rows, "rewards/margins"), _last(rows, "rewards/accuracies")

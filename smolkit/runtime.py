@@ -26,6 +26,8 @@ def prepare(seed: int | None, threads: int | None = None) -> None:
     # oneDNN compiles a kernel for each shape it meets, and an expert's share of a batch is another number of rows every
     # time: with the default of 1,024 kernels kept, a tiny MoE step spends half its time compiling (450 against 250 ms).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    if not has_accelerator():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported, warns that it found no GPU
     _keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)

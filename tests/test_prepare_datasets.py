@@ -488,6 +488,16 @@ def test_tiny_writes_every_part_and_only_what_is_asked(tmp_path: Path, run_scrip
     assert (tmp_path / "dpo" / same).read_bytes() == (tmp_path / "all" / same).read_bytes()
 
 
+def test_tiny_leaves_no_report_of_the_data_it_replaces(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(5)]
+    lines(tmp_path / "copies" / "gsm8k" / "train.jsonl", rows)
+    flags = ["--sft", "--output_dir", str(tmp_path)]
+    prepare_datasets.main(["--source", "local", "--path", str(tmp_path / "copies"), "--datasets", "gsm8k", *flags])
+    assert (tmp_path / "sft" / "prepare_report.json").is_file()
+    prepare_datasets.main(["--source", "tiny", "--small", *flags])
+    assert not (tmp_path / "sft" / "prepare_report.json").exists()
+
+
 def test_list_shows_size_licence_gating_and_columns_of_every_dataset(capsys: pytest.CaptureFixture) -> None:
     prepare_datasets.main(["--list"])
     shown = capsys.readouterr().out
