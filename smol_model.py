@@ -1196,7 +1196,7 @@ def loss_of_trained_tokens(
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if with_hidden else None
     grad_weight = None
-    for picked in tokens.split(-(-block // 32) * 32):
+    for picked in tokens.split(-(-block // 32) * 32):  # no label at all: one empty block, zero gradients
         part, target = hidden.index_select(0, picked), labels.index_select(0, picked)[:, None]
         logits, real = part @ weight.t(), min(len(picked), trained)  # (block, V)
         for rows, label in zip(logits[:real].split(chunk), target[:real].split(chunk), strict=True):
@@ -1212,8 +1212,6 @@ def loss_of_trained_tokens(
         if with_weight:
             product = logits.t() @ part
             grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
-    if with_weight and grad_weight is None:
-        grad_weight = torch.zeros_like(weight)  # no label at all: a zero gradient, not None
     return loss, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 

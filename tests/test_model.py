@@ -104,11 +104,16 @@ def test_unknown_preset_names_the_presets():
         ({**MOE, "num_experts_per_tok": 1, "norm_topk_prob": True, "qk_norm": True}, "num_experts_per_tok"),
         ({**MOE, "num_experts_per_tok": 5}, "num_experts_per_tok"),
         ({**MOE, "capacity_factor": 0.0}, "capacity_factor"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size 48 is not a multiple"),
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"head_dim": 7}, "head_dim"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_dropout": 1.5}, "attention_dropout"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
     ],
 )
 def test_impossible_configurations_are_refused_by_name(options, named):

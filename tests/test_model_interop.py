@@ -64,8 +64,12 @@ def config(case: str, **options) -> SmolConfig:
 
 def build(case: str, **options) -> SmolForCausalLM:
     torch.manual_seed(0)
-    model = SmolForCausalLM(config(case, **options)).eval()
-    with torch.no_grad():  # norms and biases that are not 1 and 0
+    return shaken(SmolForCausalLM(config(case, **options)).eval())
+
+
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """With norms and biases that are not 1 and 0."""
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -95,6 +99,7 @@ def assert_same_function(ours: SmolForCausalLM, theirs: torch.nn.Module) -> None
     ours.zero_grad(), theirs.zero_grad()
     found.loss.backward(), expected.loss.backward()
     theirs_by_name = dict(theirs.named_parameters())
+    assert {name for name, _ in ours.named_parameters()} == theirs_by_name.keys()
     for name, parameter in ours.named_parameters():
         reference = theirs_by_name[name].grad
         torch.testing.assert_close(parameter.grad, reference, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -114,7 +119,7 @@ def test_a_directory_we_save_is_the_same_model_in_transformers(case, attention, 
 @pytest.mark.parametrize("case", CASES)
 def test_a_directory_of_transformers_is_the_same_model_here(case, tmp_path):
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config(case).to_native(), **LOOP.get(case, {}))
+    theirs = shaken(AutoModelForCausalLM.from_config(config(case).to_native(), **LOOP.get(case, {})))
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ours = SmolForCausalLM.from_pretrained(tmp_path)
