@@ -367,6 +367,11 @@ class _Ticket:
             self.cancelled = True
 
 
+def _put_all(deliveries: Iterable[tuple[_Ticket, TokenEvent]]) -> None:
+    for ticket, event in deliveries:
+        ticket.events.put_nowait(event)
+
+
 class TorchEngine:
     """The `Engine` over a PyTorch model: one inference thread, continuous batching, a bounded queue.
 
@@ -494,10 +499,19 @@ class TorchEngine:
                 self._abort([sequence], DeadlineExceeded("the request was not finished in the time it had"))
 
     def _deliver(self, results: Iterable[tuple[_Sequence, TokenEvent]]) -> None:
+        """Hand a step's events over, in one call to each event loop: a call wakes its thread, which takes a core."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, TokenEvent]]] = {}
         for sequence, event in results:
-            self._tickets[sequence].send(event)
+            ticket = self._tickets[sequence]
+            by_loop.setdefault(ticket.loop, []).append((ticket, event))
             if event.finish_reason:
                 del self._tickets[sequence]
+        for loop, deliveries in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, deliveries)
+            except RuntimeError:  # closed: nobody is listening any more
+                for ticket, _ in deliveries:
+                    ticket.cancelled = True
 
     def _abort(self, sequences: Iterable[_Sequence], error: EngineError) -> None:
         for sequence in sequences:

@@ -18,8 +18,9 @@ Everything is drawn from `random.Random` with string seeds, so the files are rep
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from smolkit.files import atomic_writer, write_json
@@ -422,8 +423,10 @@ def write(output_dir: Path, seed: int, parts: set[str], small: bool = False) -> 
             train, validation = SIZES[part]
             name = f"{part}_data.jsonl"
             train_path, validation_path = output_dir / part / name, output_dir / part / "validation" / name
-            counts[str(train_path)] = write_jsonl(train_path, make(world, train // 20 if small else train))
-            counts[str(validation_path)] = write_jsonl(validation_path, make(world, validation, "validation"))
+            rows = list(make(world, train))
+            counts[str(train_path)] = write_jsonl(train_path, rows[: train // 20 if small else train])
+            held_out = new_to(rows, make(world, 10 * validation, "validation"))
+            counts[str(validation_path)] = write_jsonl(validation_path, islice(held_out, validation))
     if "exam" in parts:
         counts[str(output_dir / "exam/exam.jsonl")] = write_jsonl(output_dir / "exam/exam.jsonl", exam(world))
         tools = output_dir / "exam/tools.json"
@@ -432,7 +435,18 @@ def write(output_dir: Path, seed: int, parts: set[str], small: bool = False) -> 
     return counts
 
 
-def write_jsonl(path: Path, rows: Iterator[dict]) -> int:
+def new_to(rows: list[dict], others: Iterator[dict]) -> Iterator[dict]:
+    """Those of `others` that begin with something else than all `rows`: a text, a question, a prompt."""
+
+    def beginning(row: dict) -> str:
+        turns = row.get("messages", row.get("prompt", row.get("text")))
+        return turns if isinstance(turns, str) else next(turn["content"] for turn in turns if turn["role"] == "user")
+
+    known = {beginning(row) for row in rows}
+    return (row for row in others if beginning(row) not in known)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
     lines = [to_json(row) + "\n" for row in rows]
     with atomic_writer(path) as file:
         file.writelines(lines)

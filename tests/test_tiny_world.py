@@ -7,6 +7,7 @@ from itertools import chain
 import pytest
 
 from smolkit import tiny_world
+from smolkit.doctor.checkup import prompt_key
 from smolkit.tiny_world_words import FRESH, KINDS, NOTES, REFUSAL, STORIES, TOOLS
 
 PARTS = {"pretrain", "sft", "lora", "dpo", "exam"}
@@ -56,6 +57,17 @@ def test_validation_has_documents_of_its_own(files):
         train = set((directory / part / f"{part}_data.jsonl").read_text(encoding="utf-8").splitlines())
         validation = (directory / part / "validation" / f"{part}_data.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(train & set(validation)) < 0.1 * len(validation), "only short sums and lists may coincide"
+
+
+def test_no_validation_row_begins_as_a_training_row_does(files):
+    """By the doctor's measure, which is not the one that the files are written by."""
+    directory, _ = files
+    for part, kind in (("pretrain", "pretrain"), ("sft", "sft"), ("lora", "sft")):
+        train, validation = (
+            {prompt_key(kind, row) for row in read(directory / part / side / f"{part}_data.jsonl")}
+            for side in ("", "validation")
+        )
+        assert validation and not train & validation, part
 
 
 def test_validation_pairs_ask_about_entities_no_training_pair_names(files, world):
