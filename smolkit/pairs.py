@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import trl.trainer.utils
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -97,7 +98,22 @@ class PairLossMixin(TrainerMixin):
             del self.accelerator.gather
 
 
-def unpadded(model: torch.nn.Module) -> Callable[..., Any]:
+@contextmanager
+def scored_positions() -> Iterator[None]:
+    """Within: TRL's fused head computes logits where there is a label, and not of prompts and padding as well.
+
+    TRL 1.16 does so where it has its Triton kernel. Elsewhere it computes all positions, for accelerators that compile
+    anew for every number of them; a CPU does not.
+    """
+    module = trl.trainer.utils
+    asked, module._use_triton = module._use_triton, lambda device: True  # the head asks it for nothing else
+    try:
+        yield
+    finally:
+        module._use_triton = asked
+
+
+def unpadded(model: Callable[..., Any]) -> Callable[..., Any]:
     """`model` with TRL's fused head, for padded batches, without computing the padding.
 
     The sides (B, T) of a batch are laid next to each other, best fit, into rows as long as the longest of them.

@@ -14,7 +14,7 @@ from trl.models import prepare_deepspeed
 
 from smolkit.errors import UserError
 from smolkit.expert_trainer import ExpertParallelMixin
-from smolkit.pairs import PairCollator, PairLossMixin, unpadded
+from smolkit.pairs import PairCollator, PairLossMixin, scored_positions, unpadded
 from smolkit.preferences import load_reference, save_reference
 
 # Comparison of policy and reference before step 1, in nats per answer. Both see the same batches, so that even bf16
@@ -101,7 +101,13 @@ class PreferenceTrainer(ExpertParallelMixin, PairLossMixin, DPOTrainer):
 
     def called(self, model: torch.nn.Module) -> Callable[..., Any]:
         """What TRL's losses call with a padded batch."""
-        return unpadded(model) if self.packing else model
+        compute = unpadded(model) if self.packing else model
+
+        def call(**inputs: Any) -> Any:
+            with scored_positions():
+                return compute(**inputs)
+
+        return call
 
     def check_reference(self, tolerance: float) -> float:
         """Largest |log-ratio| of policy and reference over the first answers; `UserError` beyond tolerance.

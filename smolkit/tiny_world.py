@@ -439,7 +439,7 @@ def new_to(rows: list[dict], others: Iterator[dict]) -> Iterator[dict]:
     """Those of `others` that begin with something else than all `rows`: a text, a question, a prompt."""
 
     def beginning(row: dict) -> str:
-        turns = row.get("messages", row.get("prompt", row.get("text")))
+        turns = next(row[name] for name in ("messages", "prompt", "text") if name in row)
         return turns if isinstance(turns, str) else next(turn["content"] for turn in turns if turn["role"] == "user")
 
     known = {beginning(row) for row in rows}
