@@ -377,8 +377,9 @@ def resolved(stage: StageArguments, new: NewModelArguments | None, args: RunArgu
     values = json.loads(args.to_json_string())
     changed = {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
     changed.pop("hub_token", None)  # always shown as "<HUB_TOKEN>", given or not
-    if changed.get("accelerator_config") == AcceleratorConfig().to_dict():  # always filled in
-        del changed["accelerator_config"]
+    filled_in = AcceleratorConfig().to_dict()  # always, but for what the arguments take out of it
+    if changed.get("accelerator_config", {}).items() <= filled_in.items():
+        changed.pop("accelerator_config", None)
     keep = (
         "output_dir learning_rate lr_scheduler_type max_steps num_train_epochs per_device_train_batch_size seed".split()
     )
