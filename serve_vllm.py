@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args(argv)
     if args.quantization == "fp8" and not torch.cuda.is_available():
         raise UserError("--quantization fp8: vLLM has fp8 kernels for GPUs only, and torch sees none; use int8 or int4")
-    if args.quantization in ("int8", "int4") and "float32" in rest:
+    if args.quantization in ("int8", "int4") and {"float32", "float", "--dtype=float32", "--dtype=float"} & {*rest}:
         raise UserError(f"--quantization {args.quantization}: vLLM computes it in 16 bits only: no --dtype float32")
     for name in ENGINE_FLAGS:
         if (value := getattr(args, name)) is not None:

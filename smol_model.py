@@ -230,7 +230,7 @@ class SmolConfig(PreTrainedConfig):
         self.to_native().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]  # theirs names what is passed on here
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> "SmolConfig":
         """Read the config.json of a native directory; ValueError for a setting this model does not implement."""
@@ -915,7 +915,7 @@ class SparseMoE(nn.Module):
     def capacity(self, experts: Tensor, real: Tensor | None) -> Tensor | int:
         """ceil(capacity_factor * k * tokens / E), over real tokens."""
         tokens: Any = len(experts) if real is None else real.sum()
-        limit = tokens * (self.capacity_factor * experts.shape[1] / self.num_experts)  # type: ignore[operator]
+        limit = tokens * (self.capacity_factor * experts.shape[1] / self.num_experts)  # type: ignore[operator]  # None never asks
         return math.ceil(limit) if real is None else limit.ceil()
 
 

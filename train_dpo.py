@@ -34,7 +34,7 @@ from smolkit.adapters import (
 )
 from smolkit.arguments import DpoArguments, refuse_spread_adapters
 from smolkit.checkpoints import build_model, describe_model, load_config, resolve_model, row_length
-from smolkit.command_line import DpoTrainingArguments, parse
+from smolkit.command_line import STAGES, DpoTrainingArguments, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
@@ -99,7 +99,7 @@ def build_models(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    stage, args = parse((DpoArguments, DpoTrainingArguments), argv, __doc__)
+    stage, args = parse(STAGES["dpo"], argv, __doc__)
     if stage.dry_run:
         dry_run("dpo", stage, args)
         return

@@ -14,14 +14,13 @@ from functools import partial
 
 from trl import SFTTrainer
 
-from smolkit.arguments import NewModelArguments, SftArguments
 from smolkit.checkpoints import (
     build_model,
     describe_model,
     resolve_model,
     row_length,
 )
-from smolkit.command_line import SftTrainingArguments, parse
+from smolkit.command_line import STAGES, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import run
@@ -40,7 +39,7 @@ class FullSftTrainer(ExpertParallelMixin, TokenLossMixin, TrainerMixin, SFTTrain
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    stage, new, args = parse((SftArguments, NewModelArguments, SftTrainingArguments), argv, __doc__)
+    stage, new, args = parse(STAGES["sft"], argv, __doc__)
     if stage.dry_run:
         dry_run("sft", stage, args, new)
         return

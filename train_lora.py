@@ -13,13 +13,12 @@ from functools import partial
 from trl import SFTTrainer
 
 from smolkit.adapters import Merge, build_base, check_quantised, finish_adapter, lora_config, merged_directory
-from smolkit.arguments import LoraArguments
 from smolkit.checkpoints import (
     describe_model,
     resolve_model,
     row_length,
 )
-from smolkit.command_line import LoraTrainingArguments, parse
+from smolkit.command_line import STAGES, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
@@ -36,7 +35,7 @@ class LoraTrainer(TokenLossMixin, TrainerMixin, SFTTrainer):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    stage, args = parse((LoraArguments, LoraTrainingArguments), argv, __doc__)
+    stage, args = parse(STAGES["lora"], argv, __doc__)
     if stage.dry_run:
         dry_run("lora", stage, args)
         return

@@ -16,7 +16,6 @@ from functools import partial
 
 from transformers import Trainer
 
-from smolkit.arguments import NewModelArguments, PretrainArguments
 from smolkit.checkpoints import (
     build_model,
     describe_model,
@@ -24,7 +23,7 @@ from smolkit.checkpoints import (
     resolve_model,
     row_length,
 )
-from smolkit.command_line import PretrainTrainingArguments, parse
+from smolkit.command_line import STAGES, parse
 from smolkit.doctor import PRETRAIN_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import run
@@ -44,7 +43,7 @@ class PretrainTrainer(ExpertParallelMixin, TokenLossMixin, TrainerMixin, Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    stage, new, args = parse((PretrainArguments, NewModelArguments, PretrainTrainingArguments), argv, __doc__)
+    stage, new, args = parse(STAGES["pretrain"], argv, __doc__)
     if stage.dry_run:
         dry_run("pretrain", stage, args, new)
         return

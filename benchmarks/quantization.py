@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import common
 from smol_model import SmolConfig, SmolForCausalLM
-from smolkit.engine import ContinuousBatch, generate_batch
+from smolkit.batch import ContinuousBatch, generate_batch
 from smolkit.errors import UserError, run
 from smolkit.quantize import PRESETS, REPORT, Int8Product, load_quantized, quantize
 from smolkit.runtime import prepare

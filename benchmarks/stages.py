@@ -42,9 +42,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from benchmarks import common
 from benchmarks.train_step import LEARNING_RATE, MAX_NORM, SEED
-from smolkit.arguments import DpoArguments, NewModelArguments, PretrainArguments, SftArguments
+from smolkit import command_line
 from smolkit.checkpoints import build_model, document_end_id, load_config
-from smolkit.command_line import DpoTrainingArguments, PretrainTrainingArguments, SftTrainingArguments, parse
 from smolkit.errors import run
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, PackedCollator, SeededOrder, pack_conversations, pack_texts, preference_pairs
@@ -57,12 +56,7 @@ STAGES = {
     "sft": (2, 512, "train_full_sft.py", "--base_model"),
     "dpo": (8, 512, "train_dpo.py", "--model_path"),
 }
-# What a stage takes: its own arguments, the library's, and the dataset of --samples.
-ARGUMENTS = {
-    "pretrain": (PretrainArguments, NewModelArguments, PretrainTrainingArguments),
-    "sft": (SftArguments, NewModelArguments, SftTrainingArguments),
-    "dpo": (DpoArguments, DpoTrainingArguments),
-}
+# The dataset of --samples.
 DATASETS = {"pretrain": "BAAI/IndustryCorpus2", "sft": "BAAI/Infinity-Instruct", "dpo": "BAAI/Infinity-Preference"}
 WINDOW = 5  # steps between two lines of timing.jsonl
 WARMUP = 5  # steps that are not counted
@@ -207,7 +201,8 @@ class ClockedDpoTrainer(Clocked, DPOTrainer):
 def measure_peer(home: str, stage: str, steps: int, fp32: bool) -> dict[str, Any]:
     """transformers' or TRL's trainer with transformers' model, untouched, and the arguments of the script."""
     start = [STAGES[stage][-1], str(Path(home, "checkpoint")), "--output_dir", str(Path(home, f"{stage}-peer"))]
-    *_, args = parse(ARGUMENTS[stage], [*settings(Path(home), stage, WARMUP + steps, fp32), *start], "")
+    words = [*settings(Path(home), stage, WARMUP + steps, fp32), *start]
+    *_, args = command_line.parse(command_line.STAGES[stage], words, "")
     args.bf16, args.max_length = not fp32, STAGES[stage][1]
     tokenizer = AutoTokenizer.from_pretrained(Path(home, "tokenizer"))
     rows, collate = stage_rows(Path(home), stage, tokenizer)

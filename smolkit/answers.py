@@ -125,9 +125,10 @@ class Answers:
         else:
             tools, generate = [tool.plain() for tool in body.tools or []], body.add_generation_prompt is not False
             ids = self._rendered(body.messages or [], tools, generate, body.chat_template_kwargs)
-        strings = self.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-        length = self.engine.max_model_len
-        return api.Tokens(count=len(ids), max_model_len=length, tokens=ids, token_strs=strings)  # type: ignore[arg-type]
+        strings: Any = None  # of a list of ids: a list
+        if body.return_token_strs:
+            strings = self.tokenizer.convert_ids_to_tokens(ids)
+        return api.Tokens(count=len(ids), max_model_len=self.engine.max_model_len, tokens=ids, token_strs=strings)
 
     def detokenize(self, body: api.DetokenizeRequest) -> api.Text:
         self._check_model(body.model)
@@ -357,7 +358,7 @@ class _ChoiceText:
         written = self.tokenizer.convert_ids_to_tokens(token_id)
         if "\ufffd" in text and all(character in _BYTE_OF for character in written):  # part of a character
             return {"token": text, "bytes": [_BYTE_OF[character] for character in written]}
-        return {"token": text, "bytes": list(text.encode())}  # type: ignore[union-attr]
+        return {"token": text, "bytes": list(text.encode())}  # type: ignore[union-attr]  # of one id: one str
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:

@@ -12,13 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
-from smolkit.arguments import option
+from smolkit.arguments import (
+    DpoArguments,
+    LoraArguments,
+    NewModelArguments,
+    PretrainArguments,
+    SftArguments,
+    option,
+)
 from smolkit.errors import UserError
 from smolkit.renamed import hint
 from smolkit.reporters import check_reporters
@@ -200,7 +207,13 @@ DpoTrainingArguments = _with_defaults(
     **_SHARED,
 )
 
-T = TypeVar("T")
+# What the script of each stage takes.
+STAGES: dict[str, tuple[type, ...]] = {
+    "pretrain": (PretrainArguments, NewModelArguments, PretrainTrainingArguments),
+    "sft": (SftArguments, NewModelArguments, SftTrainingArguments),
+    "lora": (LoraArguments, LoraTrainingArguments),
+    "dpo": (DpoArguments, DpoTrainingArguments),
+}
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -216,7 +229,7 @@ def parse(dataclasses_: Sequence[type], argv: Sequence[str] | None, description:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_all = "--help_all" in argv
     parser = HfArgumentParser(
-        list(dataclasses_),  # type: ignore[arg-type]
+        list(dataclasses_),  # type: ignore[arg-type]  # classes, of which `type` says too little
         description=description,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -250,7 +263,7 @@ def _hide_rare_flags(parser: HfArgumentParser) -> None:
     shown = set(COMMON_FLAGS)
     for dataclass_type in parser.dataclass_types:
         if not issubclass(dataclass_type, TrainingArguments):
-            shown |= {item.name for item in dataclasses.fields(dataclass_type)}  # type: ignore[arg-type]
+            shown |= {item.name for item in dataclasses.fields(dataclass_type)}  # type: ignore[arg-type]  # the same
     for action in parser._actions:
         if action.dest not in shown and action.dest not in ("help", "help_all"):
             action.help = SUPPRESS

@@ -214,7 +214,7 @@ class Decoder:
         Measured on CPUs for products with reordered weights, which always go through their inner dimension in the same
         order; not true of torch's other products from 33 rows on (bf16), or at all (float32, experts).
         """
-        return all(layer.is_packed for layer in self.layers)
+        return self.head.packed and all(layer.is_packed for layer in self.layers)
 
     def adapt(self, name: str, pairs: dict[str, Pair]) -> None:
         """Add a LoRA adapter beside the weights: (A, scaled B) by module name. ValueError for what cannot be added."""

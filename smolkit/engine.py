@@ -1,12 +1,7 @@
 """Token generation: the small `Engine` protocol, and our own continuous-batching engine over a PyTorch model.
 
-Token ids go in, token events come out; text, templates and HTTP live elsewhere. `ContinuousBatch` is the
-synchronous core (who is in a step, and in which part of the memory); `TorchEngine` runs it on one inference
-thread behind asyncio; `generate_batch` runs it in a plain loop for evaluation.
-
-The arithmetic is `smolkit.decoder`'s, the memory `smolkit.cache`'s.
-
-Requests join and leave between decode steps (iteration-level scheduling: Orca, Yu et al., OSDI 2022).
+Token ids go in, token events come out; text, templates and HTTP live elsewhere. `TorchEngine` runs the batch of
+`smolkit.batch` on one inference thread behind asyncio.
 """
 
 import asyncio
@@ -14,22 +9,20 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from smolkit.cache import Cache, Row
-from smolkit.decoder import Decoder, Pair
+from smolkit.batch import ContinuousBatch, SequenceState
+from smolkit.decoder import Pair
 from smolkit.runtime import release_threads
-from smolkit.sampling import FinishReason, GenerationRequest, Sampler, Scores, TokenEvent, logprobs_of
+from smolkit.sampling import GenerationRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
 
 # Tokens of a prompt that run together, and most of them between two steps, by device.
 CHUNK = {"cpu": 128, "else": 512}
-PREFIX_SHARE = 1 / 8  # of the memory for keys and values
 MAX_BATCHED_TOKENS = {"cpu": 512, "else": 4096}
 
 
@@ -66,289 +59,10 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]: ...
 
 
-class _Sequence:
-    """A request on its way: its sampler, its tokens so far, the row of the cache they fill."""
-
-    def __init__(self, request: GenerationRequest, vocab_size: int) -> None:
-        self.request = request
-        self.sampler = Sampler(request, vocab_size)
-        self.tokens = list(request.prompt_ids)  # then what was generated
-        self.prompt_length = len(self.tokens)
-        self.row: Row | None = None
-        self.length = 0  # columns filled
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.prompt_length
-
-    @property
-    def place(self) -> Row:
-        """The row of a running sequence."""
-        assert self.row is not None
-        return self.row
-
-    @property
-    def in_prompt(self) -> bool:
-        return self.length < self.prompt_length
-
-
-class ContinuousBatch:
-    """Sequences decoded together. They wait for a place, join between steps, and leave at their end or by `remove`.
-
-    Each `step` admits those that wait, in order of arrival, runs at most `max_num_batched_tokens` tokens of prompts,
-    and then decodes one token of every sequence whose prompt is complete: no long prompt stalls the others.
-
-    Memory: a sequence is admitted when there is room for what it has so far. When a running one needs more than the
-    budget has, the one that came last gives up its row and waits again. Later it goes through the same steps, without
-    choosing anew: its answer does not change. (Admission by the worst case, prompt plus `max_tokens`, would leave most
-    of the memory unused, because most answers end early.)
-
-    Prompts run in chunks that end at multiples of `chunk` tokens, several sequences together where that changes no bit
-    (`Decoder.rows_are_independent`), else each alone: what a prompt computes does not depend on other requests, and
-    whole chunks can be reused by prompts that begin alike. `chunk` None runs new sequences whole and together, without
-    reuse.
-
-    `vocab_limit`: padded vocabulary rows (the embedding may be larger than the tokenizer) are never chosen; they keep
-    their share of the probability, as in transformers and vLLM. `budget` is bytes for keys and values, None unlimited.
-    Not thread-safe: one thread owns it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        vocab_limit: int | None = None,
-        *,
-        max_num_seqs: int = 16,
-        max_num_batched_tokens: int = 512,
-        chunk: int | None = None,
-        max_model_len: int | None = None,
-        budget: int | None = None,
-        prefix_reuse: bool = True,
-    ) -> None:
-        self.decoder = Decoder(model)
-        self.prompts_together = self.decoder.rows_are_independent
-        rows = self.decoder.config.vocab_size
-        self.vocab_size = min(vocab_limit or rows, rows)
-        self.max_num_seqs, self.max_num_batched_tokens, self.chunk = max_num_seqs, max_num_batched_tokens, chunk
-        self.max_model_len = min(max_model_len or 1 << 62, self.decoder.config.max_position_embeddings)
-        self.budget, self.prefix_reuse = budget, prefix_reuse and None not in (chunk, budget)
-        self.waiting: deque[_Sequence] = deque()
-        self.running: list[_Sequence] = []  # in order of admission
-        self.preemptions = self.reused_tokens = 0  # since the start, for reports
-        self.clear()
-        if chunk is not None and max_num_batched_tokens < chunk:
-            raise ValueError(f"max_num_batched_tokens {max_num_batched_tokens}: prompts run {chunk} tokens at a time")
-        if budget is not None and budget < self.cache.least_budget:
-            raise ValueError(
-                f"{budget / 2**20:,.0f} MiB for keys and values: a sequence of {self.max_model_len} tokens needs "
-                f"{self.cache.least_budget / 2**20:,.0f}; allow more or lower max_model_len"
-            )
-
-    def __len__(self) -> int:
-        return len(self.waiting) + len(self.running)
-
-    def clear(self) -> None:
-        """Forget what runs, and the cache (which may hold non-finite values after a failed step)."""
-        self.running.clear()
-        config, dtype, device = self.decoder.config, self.decoder.dtype, self.decoder.device
-        self.cache = Cache(
-            config,
-            dtype,
-            device,
-            max_rows=self.max_num_seqs,
-            max_columns=self.max_model_len,
-            budget=self.budget,
-            prefix_share=PREFIX_SHARE * self.prefix_reuse,
-        )
-
-    def start(self, request: GenerationRequest) -> _Sequence:
-        """The state of a new request, to be given to `add`."""
-        return _Sequence(request, self.vocab_size)
-
-    def add(self, sequence: _Sequence) -> None:
-        """Let a sequence wait for its place."""
-        self.waiting.append(sequence)
-
-    @torch.inference_mode()  # the row that moves into its place is an inference tensor
-    def remove(self, sequence: _Sequence) -> None:
-        """Take a sequence out, wherever it is."""
-        if sequence.row is None:
-            self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            self.cache.release(sequence.row)
-            sequence.row = None
-
-    @torch.inference_mode()
-    def step(self) -> list[tuple[_Sequence, TokenEvent]]:
-        """One round for everybody: new tokens by sequence; finished ones have left the batch afterwards."""
-        self._admit()
-        return self._prefill() + self._decode()
-
-    # --- places -------------------------------------------------------------------------------------------------
-
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            row = self.cache.take(len(sequence.tokens), sequence)
-            if row is None:
-                assert self.running, "the budget holds any one sequence"
-                return
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.row = row
-            if self.prefix_reuse and self.chunk is not None:
-                prompt = sequence.tokens[: sequence.prompt_length]
-                sequence.length = self.cache.fill_from_prefixes(sequence.request.adapter, prompt, self.chunk, row)
-                self.reused_tokens += sequence.length
-
-    def _secure(self, sequence: _Sequence) -> None:
-        """Room for one more column; while there is none, the latest sequence gives way, and be it this one."""
-        while sequence.row is not None:
-            row = self.cache.widen(sequence.row, sequence.length)
-            if row is not None:
-                sequence.row = row
-                return
-            latest = self.running.pop()
-            self.cache.release(latest.place)
-            latest.row, latest.length = None, 0
-            self.waiting.appendleft(latest)
-            self.preemptions += 1
-
-    # --- steps --------------------------------------------------------------------------------------------------
-
-    def _prefill(self) -> list[tuple[_Sequence, TokenEvent]]:
-        """The next chunks of prompts."""
-        pending = [sequence for sequence in self.running if sequence.in_prompt]
-        if self.chunk is None:
-            return self._run_chunks({sequence: sequence.prompt_length for sequence in pending}) if pending else []
-        results: list[tuple[_Sequence, TokenEvent]] = []
-        plan = self._plan(pending, self.chunk)
-        while plan:
-            wave = {sequence: ends.pop(0) for sequence, ends in plan.items()}
-            # Adapters' products are small ones of torch's, which differ in the last bit.
-            together = {s: end for s, end in wave.items() if self.prompts_together and s.request.adapter is None}
-            groups = [together] if together else []
-            groups += [{sequence: end} for sequence, end in wave.items() if sequence not in together]
-            for group in groups:
-                results += self._run_chunks(group)
-            plan = {sequence: ends for sequence, ends in plan.items() if ends}
-        return results
-
-    def _plan(self, pending: Sequence[_Sequence], chunk: int) -> dict[_Sequence, list[int]]:
-        """Where the next chunks of each prompt end, within the tokens of a step.
-
-        First comes one of the oldest prompt, so that it comes to its end; then those that end soonest.
-        """
-        plan: dict[_Sequence, list[int]] = {}
-        left = self.max_num_batched_tokens
-        soonest = sorted(pending, key=lambda sequence: sequence.prompt_length - sequence.length)
-        for sequence, once in [*((oldest, True) for oldest in pending[:1]), *((each, False) for each in soonest)]:
-            ends = plan.get(sequence, [])
-            position = ends[-1] if ends else sequence.length
-            while position < sequence.prompt_length:
-                end = min((position // chunk + 1) * chunk, sequence.prompt_length)
-                left -= end - position
-                if left < 0:
-                    return plan
-                plan.setdefault(sequence, []).append(end)
-                position = end
-                if once:
-                    break
-        return plan
-
-    def _run_chunks(self, ends: dict[_Sequence, int]) -> list[tuple[_Sequence, TokenEvent]]:
-        """Run the prompts of sequences up to `ends`, and choose the first token where a prompt ends."""
-        complete = [sequence.prompt_length == end for sequence, end in ends.items()]
-        logits = self.decoder.prefill(
-            [sequence.place for sequence in ends],
-            [sequence.tokens[sequence.length : end] for sequence, end in ends.items()],
-            [sequence.length for sequence in ends],
-            [sequence.request.adapter for sequence in ends],
-            complete,
-        )
-        for sequence, end in ends.items():
-            sequence.length = end
-            if self.prefix_reuse and self.chunk is not None and end % self.chunk == 0:
-                self.cache.keep_prefix(sequence.request.adapter, sequence.tokens[:end], self.chunk, sequence.place)
-        if logits is None:
-            return []
-        return self._choose_new([sequence for sequence, done in zip(ends, complete, strict=True) if done], logits)
-
-    def _decode(self) -> list[tuple[_Sequence, TokenEvent]]:
-        """One token of every sequence that is past its prompt."""
-        for sequence in [sequence for sequence in self.running if not sequence.in_prompt]:
-            self._secure(sequence)
-        wanted = {sequence.place for sequence in self.running if not sequence.in_prompt}
-        racks = self.cache.racks_with(wanted)
-        if not racks:
-            return []
-        # Rows between them whose prompts are not complete take part, too: their next chunk overwrites the column.
-        sequences = [row.owner for _, rows in racks for row in rows]
-        logits = self.decoder.step(
-            [states for states, _ in racks],
-            [sequence.tokens[sequence.length] for sequence in sequences],
-            [sequence.length for sequence in sequences],
-            [sequence.request.adapter for sequence in sequences],
-        )
-        decoded = [row for row, sequence in enumerate(sequences) if not sequence.in_prompt]
-        for row in decoded:
-            sequences[row].length += 1
-        if len(decoded) < len(sequences):
-            sequences, logits = [sequences[row] for row in decoded], logits[decoded]
-        return self._choose_new(sequences, logits)
-
-    def _choose_new(self, sequences: Sequence[_Sequence], logits: Tensor) -> list[tuple[_Sequence, TokenEvent]]:
-        """`_choose`, but for sequences that are on their way back to where they gave way and know their next token."""
-        rows = [row for row, sequence in enumerate(sequences) if sequence.length == len(sequence.tokens)]
-        if len(rows) < len(sequences):
-            sequences, logits = [sequences[row] for row in rows], logits[rows]
-        return self._choose(sequences, logits) if rows else []
-
-    def _choose(self, sequences: Sequence[_Sequence], logits: Tensor) -> list[tuple[_Sequence, TokenEvent]]:
-        """Sample from logits (R, V); sequences that end here leave the batch."""
-        allowed = logits[:, : self.vocab_size]
-        values, ids = allowed.max(-1)
-        best, finite = ids.tolist(), values.isfinite().tolist()
-        results = []
-        for row, sequence in enumerate(sequences):
-            if not finite[row]:
-                raise FloatingPointError("the model produced non-finite logits")
-            request = sequence.request
-            token = best[row] if sequence.sampler.plain_greedy else sequence.sampler.pick(allowed[row])
-            sequence.tokens.append(token)
-            finish: FinishReason | None = None
-            if sequence.sampler.failed:
-                finish = "error"
-            elif token in request.stop_ids:
-                finish = "stop"
-            elif sequence.num_generated >= request.max_tokens:
-                finish = "length"
-            logprob, top = logprobs_of(logits[row], token, request.logprobs, self.vocab_size)
-            scores = self._prompt_scores(request) if sequence.num_generated == 1 else None
-            results.append((sequence, TokenEvent(token, logprob, top, finish, scores)))
-        for sequence, event in results:
-            if event.finish_reason:
-                self.remove(sequence)
-        return results
-
-    def _prompt_scores(self, request: GenerationRequest) -> tuple[Scores, ...] | None:
-        """What the prompt's own tokens were worth, where the request asks for it; see `TokenEvent`."""
-        if request.prompt_logprobs is None:
-            return None
-        prompt = list(request.prompt_ids)
-        scores: list[Scores] = [(None, ())]
-        for logits in self.decoder.prompt_logits(prompt, request.adapter):
-            tokens = prompt[len(scores) :]
-            pairs, count = zip(logits, tokens, strict=False), request.prompt_logprobs
-            scores += [logprobs_of(row, token, count, self.vocab_size) for row, token in pairs]
-        return tuple(scores)
-
-
 class _Ticket:
     """Connects one awaiting coroutine with the inference thread."""
 
-    def __init__(self, sequence: _Sequence, timeout: float | None) -> None:
+    def __init__(self, sequence: SequenceState, timeout: float | None) -> None:
         self.sequence = sequence
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.loop = asyncio.get_running_loop()
@@ -399,7 +113,7 @@ class TorchEngine:
         self._name, self._adapters = model_name, tuple(adapters or ())
         self._max_queue, self._timeout = max_queue, timeout
         self._arrived: deque[_Ticket] = deque()  # not yet seen by the inference thread
-        self._tickets: dict[_Sequence, _Ticket] = {}
+        self._tickets: dict[SequenceState, _Ticket] = {}
         self._changed = threading.Condition()
         self._closed = False
         release_threads()
@@ -498,7 +212,7 @@ class TorchEngine:
                 self._batch.remove(sequence)
                 self._abort([sequence], DeadlineExceeded("the request was not finished in the time it had"))
 
-    def _deliver(self, results: Iterable[tuple[_Sequence, TokenEvent]]) -> None:
+    def _deliver(self, results: Iterable[tuple[SequenceState, TokenEvent]]) -> None:
         """Hand a step's events over, in one call to each event loop: a call wakes its thread, which takes a core."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, TokenEvent]]] = {}
         for sequence, event in results:
@@ -513,56 +227,6 @@ class TorchEngine:
                 for ticket, _ in deliveries:
                     ticket.cancelled = True
 
-    def _abort(self, sequences: Iterable[_Sequence], error: EngineError) -> None:
+    def _abort(self, sequences: Iterable[SequenceState], error: EngineError) -> None:
         for sequence in sequences:
             self._tickets.pop(sequence).send(error)
-
-
-def generate_batch(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    *,
-    top_k: int = 0,
-    vocab_limit: int | None = None,
-    batch_size: int = 64,
-) -> list[list[int]]:
-    """Generated token ids of every prompt, in order; an answer that ended by itself ends with its stop id.
-
-    Prompts are taken by length, `batch_size` at a time, and finished rows are refilled. With a `seed`, prompt
-    i samples from generator `seed + i`, so its answer does not depend on the rest of the list.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        batch = ContinuousBatch(model, vocab_limit, max_num_seqs=batch_size)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-        answers: dict[_Sequence, list[int]] = {}
-        index_of: dict[_Sequence, int] = {}
-        while order or len(batch):
-            free = batch_size - len(batch)
-            if order and free >= max(1, batch_size // 4):  # refill in groups: a prefill has a fixed cost
-                for i in order[:free]:
-                    own_seed = None if seed is None else seed + i
-                    request = GenerationRequest(
-                        prompts[i],
-                        max_new_tokens,
-                        temperature,
-                        top_p,
-                        top_k,
-                        stop_ids=stop_ids,
-                        seed=own_seed,
-                    )
-                    sequence = batch.start(request)
-                    index_of[sequence], answers[sequence] = i, []
-                    batch.add(sequence)
-                order = order[free:]
-            for sequence, event in batch.step():
-                answers[sequence].append(event.token_id)
-        return [answers[s] for s in sorted(answers, key=index_of.__getitem__)]
-    finally:
-        model.train(was_training)

@@ -84,7 +84,7 @@ class MasterAdamW(torch.optim.Optimizer):
         return total
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
         """One AdamW update of the masters, then the weights become their rounded copies."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None

@@ -60,7 +60,8 @@ class PairLossMixin(TrainerMixin):
             return super().get_train_dataloader()
         if processes == 1:
             return self.ordered_dataloader(self.train_dataset, order)
-        return self.ordered_dataloader(ConcatDataset([self.train_dataset, [None]]), order)  # type: ignore[list-item]
+        with_blank: Any = [self.train_dataset, [None]]
+        return self.ordered_dataloader(ConcatDataset(with_blank), order)
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, weighted by this micro-batch's share of the pairs of the step."""

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from smolkit.batch import generate_batch
 from smolkit.chat import chat_stop_ids, encode_text, render
-from smolkit.engine import generate_batch
 from smolkit.errors import UserError
 
 SHOWN = 100  # characters of an answer on the terminal

@@ -122,7 +122,7 @@ class TrainerMixin(GuardMixin):
         loader = self._get_dataloader(dataset, "Training", self._train_batch_size, lambda _: order, is_training=True)
         self._order = order
         # where accelerate looks for it when batches are skipped
-        loader.set_sampler(order)  # type: ignore[attr-defined]
+        loader.set_sampler(order)  # type: ignore[attr-defined]  # accelerate's loader
         return loader
 
     # steps
@@ -136,7 +136,7 @@ class TrainerMixin(GuardMixin):
         self._tokens += inputs["input_ids"].numel() if tokens is None else int(tokens.sum())
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # theirs says int
         """Training FLOPs of a micro-batch; the library's version counts the parameters anew at every step."""
         if self._flops_per_token is None:
             config = self.model.config
@@ -249,7 +249,8 @@ class TokenLossMixin(TrainerMixin):
         if processes == 1:
             return self.ordered_dataloader(self.train_dataset, order)
         blank = [blank_row(self.processing_class.pad_token_id)]
-        return self.ordered_dataloader(ConcatDataset([self.train_dataset, blank]), order)  # type: ignore[list-item]
+        with_blank: Any = [self.train_dataset, blank]
+        return self.ordered_dataloader(ConcatDataset(with_blank), order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every `world_size`-th row on each process; a process that runs out gets a row without labels."""

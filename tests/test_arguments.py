@@ -2,20 +2,11 @@
 
 import pytest
 
-from smolkit.arguments import DpoArguments, LoraArguments, NewModelArguments, PretrainArguments, SftArguments
-from smolkit.command_line import (
-    DpoTrainingArguments,
-    LoraTrainingArguments,
-    PretrainTrainingArguments,
-    SftTrainingArguments,
-    parse,
-)
+from smolkit.arguments import NewModelArguments
+from smolkit.command_line import STAGES, parse
 from smolkit.errors import UserError
 
-PRETRAIN = (PretrainArguments, NewModelArguments, PretrainTrainingArguments)
-SFT = (SftArguments, NewModelArguments, SftTrainingArguments)
-LORA = (LoraArguments, LoraTrainingArguments)
-DPO = (DpoArguments, DpoTrainingArguments)
+PRETRAIN, SFT, LORA, DPO = (STAGES[name] for name in ("pretrain", "sft", "lora", "dpo"))
 
 
 def read(kinds: tuple, line: str) -> tuple:

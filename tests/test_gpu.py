@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import smol_model
 from smol_model import SmolConfig, SmolForCausalLM, loss_of_all_tokens, loss_of_trained_tokens
-from smolkit.engine import generate_batch
+from smolkit.batch import generate_batch
 from smolkit.optimizer import MasterAdamW
 
 pytestmark = pytest.mark.gpu

@@ -21,7 +21,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from smolkit import arguments, command_line, runs
+from smolkit import command_line, runs
 from smolkit.errors import UserError
 from smolkit.renamed import TODAY
 
@@ -29,14 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_offload"
 TABLE = ROOT / "docs" / "reference_commands.md"
 STAGES = {
-    "train_pretrain.py": (
-        arguments.PretrainArguments,
-        arguments.NewModelArguments,
-        command_line.PretrainTrainingArguments,
-    ),
-    "train_full_sft.py": (arguments.SftArguments, arguments.NewModelArguments, command_line.SftTrainingArguments),
-    "train_lora.py": (arguments.LoraArguments, command_line.LoraTrainingArguments),
-    "train_dpo.py": (arguments.DpoArguments, command_line.DpoTrainingArguments),
+    f"train_{name}.py": command_line.STAGES[stage]
+    for name, stage in (("pretrain", "pretrain"), ("full_sft", "sft"), ("lora", "lora"), ("dpo", "dpo"))
 }
 
 

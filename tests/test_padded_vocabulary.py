@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import train_full_sft
 import train_tokenizer
 from smol_model import SmolForCausalLM
+from smolkit.batch import generate_batch
 from smolkit.chat import add_chat_tokens, save_tokenizer
 from smolkit.checkpoints import new_config
-from smolkit.engine import generate_batch
 from smolkit.errors import UserError
 from smolkit.evaluation.subjects import transformers_generate
 from smolkit.packing import IGNORE, PackedCollator, render_conversations

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 import train_dpo
@@ -20,7 +22,7 @@ from smol_model import SmolConfig, SmolForCausalLM, SmolModel
 from smolkit import preferences
 from smolkit.checkpoints import load_tokenizer, save_final
 from smolkit.errors import UserError
-from smolkit.pairs import unpadded
+from smolkit.pairs import scored_positions, unpadded
 
 WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -285,6 +287,33 @@ def test_sides_in_shared_rows_are_what_they_are_alone(home, kind, monkeypatch) -
     if kind == "moe":
         padded = model(**inputs, output_router_logits=True)
         torch.testing.assert_close(packed.aux_loss, padded.aux_loss)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_scoring_the_answers_alone_changes_none_of_their_scores(home, kind, monkeypatch) -> None:
+    """TRL's head gets the hidden states of labelled positions only; what it says of them, and gradients, stay."""
+    model = SmolForCausalLM.from_pretrained(home / kind)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    head, rows = trl_utils._ChunkedLogProbFunction, []
+    apply = head.apply
+    monkeypatch.setattr(head, "apply", lambda hidden, *rest: rows.append(len(hidden)) or apply(hidden, *rest))
+    ids = torch.randint(5, 300, (4, 20), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[:, :14] = -100
+    labels[3] = -100  # a side without an answer
+    found = []
+    for scored in (nullcontext(), scored_positions()):
+        with scored:
+            outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
+        model.zero_grad()
+        outputs.log_probs.sum().backward()
+        found.append((outputs, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}))
+    (every, all_gradients), (few, few_gradients) = found
+    assert rows == [4 * 19, 3 * 6]
+    for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+        torch.testing.assert_close(few[name], every[name], rtol=1e-5, atol=1e-5)
+    for name, gradient in all_gradients.items():
+        torch.testing.assert_close(few_gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("line", ["", "--use_lora true", "--loss_type ipo --precompute_ref_log_probs false"])

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit import quantize
+from smolkit.batch import generate_batch
 from smolkit.decoder import Projection
-from smolkit.engine import generate_batch
 from smolkit.errors import UserError
 
 SHAPE = {

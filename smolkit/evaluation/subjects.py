@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
+from smolkit.batch import generate_batch
 from smolkit.chat import chat_stop_ids, encode_text, render
 from smolkit.checkpoints import build_model, load_config, merge_adapter, require_checkpoint
-from smolkit.engine import generate_batch
 from smolkit.errors import UserError
 
 LOGITS_PER_BATCH = 2**25  # 128 MiB of float32 logits at a time, whatever the vocabulary

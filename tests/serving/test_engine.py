@@ -11,19 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
+from smolkit.batch import ContinuousBatch, generate_batch
 from smolkit.chat import chat_stop_ids
 from smolkit.decoder import Decoder
-from smolkit.engine import (
-    ContinuousBatch,
-    DeadlineExceeded,
-    EngineBusy,
-    EngineError,
-    GenerationRequest,
-    TokenEvent,
-    TorchEngine,
-    generate_batch,
-)
-from smolkit.sampling import Sampler, logprobs_of
+from smolkit.engine import DeadlineExceeded, EngineBusy, EngineError, TorchEngine
+from smolkit.sampling import GenerationRequest, Sampler, TokenEvent, logprobs_of
 
 from .conftest import tiny_config
 

@@ -62,23 +62,6 @@ def test_stop_strings(text: str, stops: list[str]) -> None:
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "plain text\n",
-        CALL,
-        f"Let me see.\n{CALL}",
-        f"{CALL}\n{CALL}",
-        f"{CALL} and after",
-        f"before {CALL}\n\n{CALL}\nafter <tool_",
-        "<tool_call>\nnot json\n</tool_call>",
-        f"<tool_call>broken</tool_call> then\n{CALL}",
-        '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call>"}}\n</tool_call>',
-        '<tool_call>\n{"name": "f", "arguments": {}}',
-        '<tool_call>\n{"name": "f", "argum',
-        "a < b and <tool> is none\n",
-    ],
-)
 def in_pieces(text: str, size: int, fragments: bool) -> tuple[str, list[dict[str, Any]], ToolCallStream]:
     """Content and calls of a text that arrives `size` characters at a time; arguments as text."""
     stream, content, calls = ToolCallStream(fragments), "", []
