@@ -38,6 +38,7 @@ from smolkit.command_line import STAGES, DpoTrainingArguments, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
 from smolkit.errors import UserError, run
+from smolkit.files import default_cache_dir
 from smolkit.packing import preference_pairs
 from smolkit.parallel import check_expert_parallel, spread_experts, whole_model
 from smolkit.preference_trainer import PreferenceTrainer, ReferenceCheck
@@ -45,7 +46,7 @@ from smolkit.preferences import content_hash, describe_lengths, reference_file, 
 from smolkit.progress import watch
 from smolkit.runs import Job, load_on_every_process, open_job
 from smolkit.runtime import prepare
-from smolkit.shards import default_cache_dir, tokenized
+from smolkit.shards import tokenized
 from smolkit.training import finish
 
 # Switched off in training, kept in config.json.

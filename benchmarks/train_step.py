@@ -85,7 +85,8 @@ class Side:
             if "dropless" in self.options:
                 config.capacity_factor = None
             model = build_model(config, None, torch.bfloat16, self.attention or "sdpa").to(device)
-            optimizer = MasterAdamW(model.parameters(), lr=LEARNING_RATE)
+            compiled = bool(self.options & {"compile", "regions"})
+            optimizer = MasterAdamW(model.parameters(), lr=LEARNING_RATE, compiled=compiled)
         else:
             options = {"attention": self.attention} if self.base == "transformers" else {}
             model = PEERS[self.base](config, **options).to(device)
@@ -144,32 +145,52 @@ def measure(
     ids = torch.randint(config.vocab_size, (warmup + steps, batch, length), device=where)
     memory.reset_peak()
     start = memory.now()
-    losses, seconds = [], {"gradient_seconds": [], "update_seconds": []}
+    losses, seconds = [], {"gradient_seconds": Stopwatch(where), "update_seconds": Stopwatch(where)}
     for rows in ids:
-        losses.append(timed(partial(training.gradients, rows), seconds["gradient_seconds"], where).item())
-        timed(training.update, seconds["update_seconds"], where)
-    whole = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
+        with seconds["gradient_seconds"]:
+            losses.append(training.gradients(rows))
+        with seconds["update_seconds"]:
+            training.update()
+    times = {name: watch.seconds() for name, watch in seconds.items()}
+    whole = [sum(parts) for parts in zip(*times.values(), strict=True)]
     static, peak = static_bytes(training.model, training.optimizer), memory.peak()
     return {
         "tokens_per_second": batch * length / statistics.median(whole[warmup:]),
-        **{name: statistics.median(times[warmup:]) for name, times in seconds.items()},
-        "losses": losses,
+        **{name: statistics.median(values[warmup:]) for name, values in times.items()},
+        "losses": torch.stack(losses).tolist(),
         "static": static / common.MIB,
         "peak_above_start": None if peak is None else (peak - start) / common.MIB,
         "peak_above_static": None if peak is None else (peak - empty - static) / common.MIB,
     }
 
 
-def timed(work: Callable[[], Any], seconds: list[float], device: torch.device) -> Any:
-    """The result of `work`; its time is appended to `seconds`."""
-    if device.type == "cuda":
+class Stopwatch:
+    """Times of the blocks under it. On a GPU by events in its queue, so that nothing waits for it between two blocks:
+    a training script does not wait there either, and prepares the next block while this one is computed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda, self.marks = device.type == "cuda", []
+
+    def _mark(self) -> None:
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *problem: Any) -> None:
+        self._mark()
+
+    def seconds(self) -> list[float]:
+        """Of each block so far."""
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        if not self.cuda:
+            return [end - start for start, end in pairs]
         torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - started)
-    return result
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
 def static_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -300,10 +321,11 @@ def ceiling(
 
 def seconds_of(work: Callable[[], None], steps: int, warmup: int, device: torch.device) -> float:
     """Median time of `work`."""
-    seconds: list[float] = []
+    watch = Stopwatch(device)
     for _ in range(warmup + steps):
-        timed(work, seconds, device)
-    return statistics.median(seconds[warmup:])
+        with watch:
+            work()
+    return statistics.median(watch.seconds()[warmup:])
 
 
 # --- report -------------------------------------------------------------------------------------------------

@@ -116,10 +116,6 @@ def new_config(
     """
     if preset is None:
         raise UserError(f"--model_size is required for a new model; presets: {', '.join(PRESETS)}")
-    unknown = [name for name in overrides if name not in SmolConfig.__dataclass_fields__]
-    if unknown:
-        raise UserError(f"--model_overrides {unknown[0]}: no such field; see SmolConfig in smol_model.py")
-    overrides = with_floats(overrides)
     entries = vocab_size or len(tokenizer)
     if entries < len(tokenizer):
         raise UserError(f"--vocab_size {entries} is less than the {len(tokenizer)} entries of the tokenizer")
@@ -129,22 +125,34 @@ def new_config(
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
+    return changed_preset(preset, {"vocab_size": entries, **ids, **overrides})
+
+
+def changed_preset(name: str, overrides: dict[str, Any]) -> SmolConfig:
+    """A preset with some fields replaced; `UserError` for an unknown preset, field or value."""
     try:
-        return preset_config(preset, **{"vocab_size": entries, **ids, **overrides})
+        return preset_config(name, **typed(overrides))
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def with_floats(overrides: dict[str, Any]) -> dict[str, Any]:
-    """The same fields of `SmolConfig`, an int given for a float made one.
+def typed(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The same fields, an int given for a float made one; `UserError` for no field of `SmolConfig`, or no value of it.
 
     0 on the command line is an int; the native configurations insist on floats, at the very end, when they are saved.
     """
-    return {name: float(v) if _is_float(name) and type(v) is int else v for name, v in overrides.items()}
-
-
-def _is_float(name: str) -> bool:
-    return SmolConfig.__dataclass_fields__[name].type in (float, float | None, "float", "float | None")
+    fields, checked = SmolConfig.__dataclass_fields__, {}
+    for name, value in overrides.items():
+        if name not in fields:
+            raise UserError(f"--model_overrides {name}: no such field; see SmolConfig in smol_model.py")
+        kind = float if fields[name].type in (float | None, "float | None") else fields[name].type
+        if kind is float and type(value) is int:
+            value = float(value)
+        optional = value is None and fields[name].default is None
+        if kind in (int, float, bool) and type(value) is not kind and not optional:
+            raise UserError(f"--model_overrides {name}={value}: expected {kind.__name__} (several fields: a=1 b=2)")
+        checked[name] = value
+    return checked
 
 
 def load_config(

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from smol_model import PRESETS, SmolConfig, count_parameters, preset_config
+from smol_model import PRESETS, SmolConfig, count_parameters
 from smolkit import planner
 from smolkit.arguments import AdapterArguments, NewModelArguments, PretrainArguments, StageArguments
-from smolkit.checkpoints import load_tokenizer, row_length
+from smolkit.checkpoints import changed_preset, load_tokenizer, row_length
 from smolkit.command_line import RunArguments
 from smolkit.doctor import (
     PRETRAIN_SUFFIXES,
@@ -163,10 +163,7 @@ def find_config(
         overrides["vocab_size"] = -(-rows // multiple) * multiple
     if size not in PRESETS:
         raise UserError(f"{size} is neither a preset nor a model directory; presets: {', '.join(PRESETS)}")
-    try:
-        return preset_config(size, **overrides)
-    except (ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    return changed_preset(size, overrides)
 
 
 def find_data(kind: str, stage: StageArguments, tokenizer: Any, missing: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one is never mistaken for a whole one: aside, fsync, rename."""
+"""Where this toolkit keeps files, and how it writes them: aside, fsync, rename, so that none is ever half there."""
 
 import json
 import os
@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+
+def default_cache_dir() -> Path:
+    """$SMOLLM_CACHE, else `smollm` in the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SMOLLM_CACHE") or Path(cache) / "smollm")
 
 
 @contextmanager

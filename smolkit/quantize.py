@@ -30,8 +30,7 @@ from transformers import AutoModelForCausalLM
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.checkpoints import plain_card, require_checkpoint
 from smolkit.errors import UserError, run
-from smolkit.files import sync, write_json
-from smolkit.shards import default_cache_dir
+from smolkit.files import default_cache_dir, sync, write_json
 
 logger = logging.getLogger(__name__)
 

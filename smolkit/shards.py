@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smolkit import chat
 from smolkit.errors import UserError
-from smolkit.files import write_json
+from smolkit.files import default_cache_dir, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -148,12 +148,6 @@ class TokenStore:
 
 
 # --- opening and making -------------------------------------------------------------------------------------
-
-
-def default_cache_dir() -> Path:
-    """$SMOLLM_CACHE, else `smollm` in the user's cache directory."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SMOLLM_CACHE") or Path(cache) / "smollm")
 
 
 def token_store(paths: Sequence[str]) -> list[Path]:

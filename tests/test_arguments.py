@@ -3,6 +3,7 @@
 import pytest
 
 from smolkit.arguments import NewModelArguments
+from smolkit.checkpoints import changed_preset
 from smolkit.command_line import STAGES, parse
 from smolkit.errors import UserError
 
@@ -61,6 +62,23 @@ def test_every_library_flag_works() -> None:
 def test_overrides_are_typed() -> None:
     new = NewModelArguments(model_overrides=["a=3", "b=0.5", "c=true", "d=none", "e=silu", 'f={"x": 1}'])
     assert new.overrides() == {"a": 3, "b": 0.5, "c": True, "d": None, "e": "silu", "f": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"hidden_size": "32 num_hidden_layers=2"}, r"hidden_size=32 num.*: expected int \(several fields: a=1 b=2\)"),
+        ({"hidden_size": None}, "hidden_size=None: expected int"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings=1: expected bool"),
+        ({"attention_dropout": "low"}, "attention_dropout=low: expected float"),
+        ({"hidden": 3}, "hidden: no such field"),
+    ],
+)
+def test_overrides_of_another_type_are_refused(overrides: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        changed_preset("tiny", overrides)
+    config = changed_preset("tiny", {"attention_dropout": 0, "capacity_factor": None, "head_dim": None})
+    assert type(config.attention_dropout) is float
 
 
 def test_yaml_is_overridden_by_the_command_line(tmp_path) -> None:

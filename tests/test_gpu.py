@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import smol_model
 from smol_model import SmolConfig, SmolForCausalLM, loss_of_all_tokens, loss_of_trained_tokens
+from smolkit import optimizer
 from smolkit.batch import generate_batch
 from smolkit.optimizer import MasterAdamW
 
@@ -184,6 +185,32 @@ def test_masters_learn_what_fp32_learns() -> None:
         losses.append((loss.item(), expected.item()))
     assert losses[-1][1] < 0.5 * losses[0][1]
     assert losses[-1][0] == pytest.approx(losses[-1][1], rel=0.05)
+
+
+def test_the_compiled_update_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large weights in a kernel of their own, small ones and fp32 ones by the library's, clipped, at two rates."""
+    monkeypatch.setattr(optimizer, "LARGE", 10_000)
+    states = []
+    for compiled in (False, True):
+        torch.manual_seed(4)
+        shapes, dtypes = [(300, 700), (64,), (200, 100)], [torch.bfloat16, torch.bfloat16, torch.float32]
+        weights = [
+            torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype))
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        masters = MasterAdamW(weights, lr=1e-2, weight_decay=0.1, compiled=compiled)
+        for rate in (1e-2, 1e-2, 3e-3):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            masters.param_groups[0]["lr"] = rate
+            norm = masters.clip_grad_norm(1.0)
+            exact = torch.stack([weight.grad.double().square().sum() for weight in weights]).sum().sqrt()
+            assert norm.item() == pytest.approx(exact.item(), rel=1e-5)
+            masters.step()
+        assert all(torch.equal(weight, master.to(weight.dtype)) for weight, master in masters.master_of().items())
+        states.append(masters.master_of().values())
+    for one, two in zip(*states, strict=True):
+        assert distance(one, two) < 1e-5
 
 
 @pytest.mark.parametrize("shape", ["dense", "moe"])

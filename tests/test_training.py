@@ -117,6 +117,26 @@ def test_bf16_weights_follow_fp32_masters_and_survive_saving(tmp_path) -> None:
     assert torch.equal(restored.master_of()[copy], optimizer.master_of()[rounded])
 
 
+def test_the_compiled_update_is_the_fused_one(monkeypatch) -> None:
+    """What --torch_compile takes for large weights on a GPU, at a rate that changes, clipped and not."""
+    masters = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(40, 30).bfloat16())
+        optimizer = MasterAdamW([weight], lr=1e-2, weight_decay=0.1, compiled=compiled)
+        if compiled:
+            monkeypatch.setattr(optimizer, "_update", optimizer._update_each)
+        for rate, limit in ((1e-2, 1.0), (3e-3, 1e9), (1e-3, None)):
+            weight.grad = torch.randn_like(weight)
+            optimizer.param_groups[0]["lr"] = rate
+            if limit is not None:
+                optimizer.clip_grad_norm(limit)
+            optimizer.step()
+        assert torch.equal(weight, optimizer.master_of()[weight].bfloat16())
+        masters.append(optimizer.master_of()[weight])
+    torch.testing.assert_close(*masters, rtol=1e-6, atol=1e-7)
+
+
 # --- trainer
 
 

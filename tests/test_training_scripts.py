@@ -254,6 +254,30 @@ def test_every_stage_runs_on_two_processes_like_on_one(world, tuned, launcher, s
     assert len(metrics(tmp_path / "one")) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "lora", "dpo", "moe"])
+def test_a_compiled_run_learns_what_an_eager_one_does(world, tuned, stage, tmp_path) -> None:
+    """In fp32, block by block: the losses, which every step's gradients have made, and the names in the checkpoint."""
+    start = ("--model_path" if stage == "dpo" else "--base_model"), tuned
+    if stage == "moe":
+        start = "--tokenizer_path", world / "tokenizer", "--model_size", "tiny-moe", "--model_overrides", *SHAPE.split()
+    length = "--block_size" if stage in ("pretrain", "moe") else "--max_length"
+    program = {"sft": "train_full_sft.py", "moe": "train_pretrain.py"}.get(stage, f"train_{stage}.py")
+    data = world / {"lora": "sft", "moe": "pretrain"}.get(stage, stage)
+    for compiled in ("true", "false"):
+        command(
+            *(sys.executable, program, "--data_path", data, *start, length, 128, "--max_steps", 4),
+            *("--logging_steps", 1, "--weights_dtype", "fp32", "--torch_compile", compiled, "--learning_rate", 1e-3),
+            *("--output_dir", tmp_path / compiled),
+        )
+    assert metrics(tmp_path / "true") == pytest.approx(metrics(tmp_path / "false"), rel=1e-4)
+    name = "adapter_model.safetensors" if stage == "lora" else "model.safetensors"
+    one, two = (load_file(tmp_path / compiled / name) for compiled in ("true", "false"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], rtol=1e-2, atol=1e-4)
+
+
 def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
     more = ["--weights_dtype", "bf16", "--rpo_alpha", "1.0", "--disable_tqdm", "true", "--max_eval_rows", "0"]
     train_dpo.main(dpo_arguments(world, tuned, tmp_path / "out", *more))
