@@ -88,14 +88,22 @@ def shape(D: int, L: int, H: int, K: int, F: int, V: int, **more: Any) -> dict[s
 
 
 SMOLLM2_135M = shape(576, 30, 9, 3, 1536, 49152, rope_parameters={"rope_type": "default", "rope_theta": 1e5})
-DENSE = ("ours", "transformers", "transformers+prepared", "litgpt", "minimind")
-MOE = ("ours", "ours+dropless", "transformers", "transformers+prepared", "litgpt", "minimind")
-CUDA = ("ours", "ours+compile", "transformers", "transformers+compile")
+PEERS = ("transformers", "transformers+prepared", "litgpt", "minimind")
+OURS = ("ours", "ours+regions")  # without and with --torch_compile true
+DENSE, MOE = (*OURS, *PEERS), (*OURS, "ours+dropless", "ours+dropless+regions", *PEERS)
+CUDA = ("ours+regions", "transformers", "transformers+regions")
+
+
+def faster(sides: Sequence[str], **limits: float) -> tuple[Target, ...]:
+    """Each side's speed over each peer's."""
+    return tuple(Target(side, "speed", limit, peer) for side in sides for peer, limit in limits.items())
+
+
 CASES = {
     "tiny": Case(preset("tiny"), 4, 128, DENSE, warmup=20, steps=20),
     "tiny-moe": Case(preset("tiny-moe"), 4, 128, MOE, warmup=20, steps=20),
     "6.7m": Case(
-        shape(256, 8, 8, 2, 704, 4096), 8, 256, DENSE, (Target("ours", "speed", 1.6, "transformers"),), 15, 10
+        shape(256, 8, 8, 2, 704, 4096), 8, 256, DENSE, faster(OURS, transformers=1.6), 15, 10
     ),
     "135m": Case(
         SMOLLM2_135M,
@@ -103,8 +111,8 @@ CASES = {
         512,
         DENSE,
         (
-            *(Target("ours", "speed", 1.6, peer) for peer in ("transformers", "litgpt", "minimind")),
-            Target("ours", "matmul", 0.7),
+            *faster(OURS, transformers=1.6, litgpt=1.6, minimind=1.6),
+            *(Target(side, "matmul", 0.7) for side in OURS),
         ),
     ),
     "moe-85m": Case(
@@ -112,11 +120,7 @@ CASES = {
         4,
         256,
         MOE,
-        tuple(
-            Target(side, "speed", limit, peer)
-            for side in ("ours", "ours+dropless")
-            for peer, limit in (("transformers", 2.0), ("litgpt", 1.3))
-        ),
+        faster(MOE[:4], transformers=2.0, litgpt=1.3),
         10,
         8,
     ),
@@ -124,19 +128,19 @@ CASES = {
         SMOLLM2_135M | {"vocab_size": 151_936},
         2,
         512,
-        ("ours", "transformers", "transformers+prepared"),
-        (Target("ours", "memory", 0.4, "transformers"), Target("ours", "speed", 1.7, "transformers")),
+        (*OURS, "transformers", "transformers+prepared"),
+        (*(Target(side, "memory", 0.4, "transformers") for side in OURS), *faster(OURS, transformers=1.7)),
     ),
     # For --device cuda; MFU counts attention, see smol_model.flops_per_token. Batches are what transformers has room
     # for on 80 GB. The MoE has the active width of gpu-dense and must keep three quarters of its MFU.
-    "gpu-135m": Case(SMOLLM2_135M, 16, 2048, CUDA, (Target("ours+compile", "mfu", 0.4),), 5, 20),
-    "gpu-1.7b": Case(preset("smollm2-1.7b"), 4, 2048, CUDA, (Target("ours+compile", "mfu", 0.5),), 5, 20),
+    "gpu-135m": Case(SMOLLM2_135M, 16, 2048, CUDA, (Target("ours+regions", "mfu", 0.4),), 5, 20),
+    "gpu-1.7b": Case(preset("smollm2-1.7b"), 4, 2048, CUDA, (Target("ours+regions", "mfu", 0.5),), 5, 20),
     "gpu-dense": Case(shape(1024, 16, 16, 4, 3584, 49152), 16, 2048, CUDA, (), 5, 20),
     "gpu-moe": Case(
         shape(1024, 16, 16, 4, 1792, 49152, num_experts=8, num_experts_per_tok=2, capacity_factor=1.25),
         16,
         2048,
-        (*CUDA, "ours+compile+dropless"),
+        (*CUDA, "ours+dropless+regions"),
         (),
         5,
         20,

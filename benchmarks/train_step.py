@@ -22,7 +22,8 @@ Printed, one JSON object: hardware, versions, and for each side
   peak_above_static  the same above weights + gradients + optimizer state (masters included), MiB: activations,
                      logits and copies. Counted from before the model was built, so leftovers count as well
 `matmul` is the ceiling: the step's matrix products alone, forward and both gradients, in the same dtype and shapes.
-Attention's products are not in it (`with_attention` has them, as whole squares); the router's are, in fp32.
+Attention's products are not in it (`with_attention` has them, as whole squares); the router's are, in fp32. On a GPU
+`mfu` counts attention as a causal row needs it, `mfu_whole_squares` as PaLM, torchtitan and nanochat do.
 """
 
 import statistics
@@ -382,7 +383,9 @@ def compare(
     speeds = {name: [result["tokens_per_second"] for result in rows] for name, rows in results.items()}
     sides = {name: summarise(results[name]) for name in present}
     config, last = case.config(), results["matmul"][-1]
-    flops = flops_per_token(config, case.length)
+    # Attention as a causal row needs it, and as whole squares, as most published figures count it (arXiv:2204.02311).
+    products, squares = flops_per_token(config, -1), 3 * attention_flops(config, 1, case.length) // case.length
+    flops = {"mfu": flops_per_token(config, case.length), "mfu_whole_squares": products + squares}
     report = {
         **common.environment(),
         "model": common.describe(config, case.batch, case.length),
@@ -396,8 +399,10 @@ def compare(
         },
         "share_of_matmul": {name: common.ratio_by_round(speeds[name], speeds["matmul"])["median"] for name in present},
         "speed_ratios": {name: ratios(name, speeds) for name in present if name.startswith("ours")},
-        "mfu": {name: sides[name]["tokens_per_second"]["median"] * flops / peak for name in present} if peak else {},
     }
+    for name, each in flops.items():
+        speed = {side: sides[side]["tokens_per_second"]["median"] for side in present if peak}
+        report[name] = {side: tokens * each / peak for side, tokens in speed.items()}
     report["targets"] = [target.judge(measured_value(target, sides, report)) for target in case.targets]
     return report
 
