@@ -1203,6 +1203,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None
 
 
+@torch.compiler.disable
+def uncompiled_cross_entropy(*arguments: Any) -> Tensor:
+    """LinearCrossEntropy for a CPU, where compiled it is no faster and holds 300 MiB more (vocabulary 151,936)."""
+    return LinearCrossEntropy.apply(*arguments)
+
+
 def loss_of_trained_tokens(
     hidden: Tensor, weight: Tensor, labels: Tensor, with_hidden: bool, with_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -1274,7 +1280,8 @@ class LMHead(nn.Linear):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         with torch.autocast(device, enabled=False):
             hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-            return LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled())
+            loss = uncompiled_cross_entropy if device == "cpu" else LinearCrossEntropy.apply
+            return loss(hidden, weight, labels, torch.is_grad_enabled())
 
 
 class SmolForCausalLM(SmolPreTrainedModel, GenerationMixin):
