@@ -39,7 +39,7 @@ def test_rows_have_room_for_the_next_token_and_a_column_that_nobody_sees() -> No
     assert [shelf.width for shelf in make(max_columns=100).shelves] == [128]
     assert [shelf.width for shelf in make(max_columns=480).shelves] == [256, 512]
     assert [shelf.width for shelf in make(max_columns=2048).shelves] == [256, 512, 1024, 2080]
-    assert [shelf.rows_per_rack for shelf in make(max_rows=10**6).shelves] == [2**26 // 4096, 2**26 // 9728]
+    assert [shelf.rows_per_rack for shelf in make(max_rows=10**6).shelves] == [2**27 // 4096, 2**27 // 9728]
     elsewhere = Cache(CONFIG, torch.float32, torch.device("meta"), max_rows=10**6, max_columns=600)
     assert [shelf.rows_per_rack for shelf in elsewhere.shelves] == [2**29 // 4096, 2**29 // 9728]
     assert elsewhere.take(10, Owner(0)).states.is_meta
