@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 ROW_COLUMNS = 256  # of the shortest rows
-# Sixteen rows of SmolLM2-135M are one rack: with two of them a decode step has twice the attention calls (6 % of its time).
+# Sixteen rows of SmolLM2-135M are one rack: with two a decode step has twice the attention calls (6 % of its time).
 RACK_BYTES = {"cpu": 128 * 2**20, "else": 512 * 2**20}
 _Key = tuple[Hashable, tuple[int, ...]]
 COLUMN_BLOCK = 32  # widths of attention are multiples of it, see Decoder.step
