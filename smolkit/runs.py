@@ -120,6 +120,7 @@ def open_job(
     """
     dtype = weights_dtype(stage.weights_dtype, args)
     check_disk_offload(args)
+    check_compiler(args)
     if args.deepspeed_plugin and torch.distributed.is_initialized():
         join_deepspeed()
     assert stage.data_path, "validated"
@@ -195,6 +196,19 @@ def check_disk_offload(args: RunArguments) -> None:
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError("offload to disk needs libaio's headers (package libaio-dev); install them, or offload to cpu")
+
+
+def check_compiler(args: RunArguments) -> None:
+    """`UserError` when --torch_compile would find no compiler in the first step: for C++ on a CPU, for C on a GPU."""
+    if not args.torch_compile:
+        return
+    language, variable, usual = ("C++", "CXX", "g++ clang++") if args.device.type == "cpu" else ("C", "CC", "gcc clang")
+    names = os.environ.get(variable) or usual
+    if not any(map(shutil.which, names.split())):
+        raise UserError(
+            f"--torch_compile needs a {language} compiler, and there is none ({names.replace(' ', ', ')}): install one "
+            f"(g++), name another with {variable}, or leave the flag out"
+        )
 
 
 def join_deepspeed() -> None:

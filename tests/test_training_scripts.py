@@ -278,6 +278,13 @@ def test_a_compiled_run_learns_what_an_eager_one_does(world, tuned, stage, tmp_p
         torch.testing.assert_close(value, two[key], rtol=1e-2, atol=1e-4)
 
 
+def test_compiling_without_a_compiler_is_refused(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and there is none \(/nowhere/g\+\+\): install one"):
+        train_pretrain.main([*pretrain_arguments(world, tmp_path / "out", 2), "--torch_compile", "true"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
     more = ["--weights_dtype", "bf16", "--rpo_alpha", "1.0", "--disable_tqdm", "true", "--max_eval_rows", "0"]
     train_dpo.main(dpo_arguments(world, tuned, tmp_path / "out", *more))
