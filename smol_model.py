@@ -742,11 +742,15 @@ class Router(nn.Module):
         """x (N, D) -> logits (N, E), probabilities (N, E), weights (N, k), experts (N, k); floats in float32."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
+        return logits, *self.choose(logits)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits (N, E) -> probabilities (N, E), weights (N, k), experts (N, k)."""
         probabilities = logits.softmax(-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
-        return logits, probabilities, weights, experts
+        return probabilities, weights, experts
 
 
 # Every expert's rows are filled up to a multiple of this. On a CPU oneDNN compiles and keeps a kernel for each number
