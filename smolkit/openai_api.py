@@ -408,7 +408,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": api.ErrorResponse} for status in (400, 401, 404, 413, 429, 431, 500, 503)
 }
 
-_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# Of each event, as OpenAPI 3.2 and FastAPI write it: the schema of a stream would be that of its text.
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_STREAM = {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 
 
 def _add_generation(app: FastAPI, answers: Answers) -> None:
