@@ -32,7 +32,7 @@ endef
 export TORCH_CHECK
 
 # Whole scripts, several processes, browsers, notebooks: what `make test-fast` leaves out.
-LONG_TESTS := cluster export gpu insight_runs launch_configs notebooks order parallel prepare_hub recipes resume \
+LONG_TESTS := benchmarks cluster export gpu insight_runs launch_configs notebooks order parallel prepare_hub recipes resume \
   strategies training_scripts upcycle
 LONG_SERVING_TESTS := app clients guard load scripts
 
