@@ -131,13 +131,13 @@ def new_config(
 def changed_preset(name: str, overrides: dict[str, Any]) -> SmolConfig:
     """A preset with some fields replaced; `UserError` for an unknown preset, field or value."""
     try:
-        return preset_config(name, **typed(overrides))
+        return preset_config(name, **typed_fields(overrides))
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def typed(overrides: dict[str, Any]) -> dict[str, Any]:
-    """The same fields, an int given for a float made one; `UserError` for no field of `SmolConfig`, or no value of it.
+def typed_fields(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `SmolConfig`, an int for a float made one; `UserError` for another name, or a value of another type.
 
     0 on the command line is an int; the native configurations insist on floats, at the very end, when they are saved.
     """

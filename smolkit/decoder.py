@@ -37,6 +37,7 @@ from smol_model import (
 from smolkit.cache import Row, room_for
 from smolkit.quantize import Int8Linear, Int8Product
 
+ROUTER_ELEMENTS = 2**22  # products of a router at once: 16 MiB
 Pair = tuple[Tensor, Tensor]  # of a LoRA adapter: A (r, I), and B (O, r) times its scale
 # Which rows of a batch use which adapter: a name and its rows, for each adapter in use.
 Users = Sequence[tuple[str, Tensor]]
@@ -140,15 +141,8 @@ class _Layer:
             self.mlp = GatedMlp(Projection(mlp.gate_proj), Projection(mlp.up_proj), Projection(mlp.down_proj))
 
     @property
-    def is_packed(self) -> bool:
-        parts: list[Projection | PackedExperts] = [self.qkv, self.out]
-        if isinstance(self.mlp, GatedMlp):
-            parts += [self.mlp.gate, self.mlp.up, self.mlp.down]
-        elif isinstance(self.mlp.experts, PackedExperts):
-            parts.append(self.mlp.experts)
-        else:
-            return False
-        return all(part.packed for part in parts)
+    def packed(self) -> bool:
+        return self.qkv.packed and self.out.packed and self.mlp.packed
 
     def adapt(self, name: str, pairs: dict[str, Pair]) -> None:
         """Take what an adapter changes here out of `pairs`, whose keys are module names inside this layer."""
@@ -180,6 +174,7 @@ class GatedMlp:
 
     def __init__(self, gate: Projection, up: Projection, down: Projection):
         self.gate, self.up, self.down = gate, up, down
+        self.packed = gate.packed and up.packed and down.packed
 
     def __call__(self, x: Tensor, users: Users = ()) -> Tensor:
         return self.down(F.silu(self.gate(x, users)).mul_(self.up(x, users)), users)
@@ -187,8 +182,6 @@ class GatedMlp:
 
 class PackedExperts:
     """`Experts` with reordered weights, expert by expert: a decode step of 16 rows takes 19 instead of 25 ms (85M)."""
-
-    packed = True
 
     def __init__(self, experts: Experts):
         with torch.no_grad():
@@ -210,18 +203,24 @@ class SparseExperts:
 
     def __init__(self, moe: SparseMoE):
         self.gate, self.count = moe.gate, moe.num_experts
-        self.router = moe.gate.weight.detach().float()
         self.experts: Experts | PackedExperts = moe.experts
-        if packs(moe.experts.down_proj):
-            self.experts = PackedExperts(moe.experts)
+        self.packed = packs(moe.experts.down_proj)
+        if self.packed:
+            self.experts, self.router = PackedExperts(moe.experts), moe.gate.weight.detach().float()
 
     def __call__(self, x: Tensor, users: Users = ()) -> Tensor:
-        # Not as a matrix product, whose rounding depends on the number of rows.
-        logits = (x.float()[:, None] * self.router).sum(-1)  # (N, E)
-        _, weights, chosen = self.gate.choose(logits)
+        _, weights, chosen = self.gate.choose(self.logits(x)) if self.packed else self.gate(x)[1:]
         plan = dispatch(chosen, self.count, None, None)
         rows = self.experts(x.index_select(0, plan.order % len(x)), plan.ends)
         return combine(rows, weights, plan).to(x.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The router's (N, E), float32, as sums: a matrix product's rounding depends on the number of rows.
+
+        In blocks of rows, since all products of a block exist at once.
+        """
+        blocks = x.float()[:, None].split(max(1, ROUTER_ELEMENTS // self.router.numel()))
+        return torch.cat([(block * self.router).sum(-1) for block in blocks])
 
 
 def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -256,7 +255,7 @@ class Decoder:
         Measured on CPUs for products with reordered weights, which always go through their inner dimension in the same
         order; not true of torch's other products from 33 rows on (bf16), or at all (float32, experts).
         """
-        return self.head.packed and all(layer.is_packed for layer in self.layers)
+        return self.head.packed and all(layer.packed for layer in self.layers)
 
     def adapt(self, name: str, pairs: dict[str, Pair]) -> None:
         """Add a LoRA adapter beside the weights: (A, scaled B) by module name. ValueError for what cannot be added."""

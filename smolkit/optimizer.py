@@ -138,17 +138,21 @@ class MasterAdamW(torch.optim.Optimizer):
         return [torch.stack(squares).sum().sqrt()]
 
     def _update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
-        if self._compiled is not None and pieces[0].weight.device.type != "cpu":
-            large = [piece for piece in pieces if len(piece.weight) >= LARGE and piece.weight.dtype != torch.float32]
-            self._update_each(large, group)
-            pieces = [piece for piece in pieces if len(piece.weight) < LARGE or piece.weight.dtype == torch.float32]
-        if pieces:
-            self._update_together(pieces, group)
+        alone: list[Piece] = []
+        together: list[Piece] = []
+        for piece in pieces:
+            (alone if self._has_own_kernel(piece.weight) else together).append(piece)
+        if alone:
+            self._update_each(alone, group)
+        if together:
+            self._update_together(together, group)
+
+    def _has_own_kernel(self, weight: Tensor) -> bool:
+        on_gpu, narrow = weight.device.type != "cpu", weight.dtype != torch.float32
+        return self._compiled is not None and on_gpu and narrow and len(weight) >= LARGE
 
     def _update_each(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         """The compiled update, weight by weight."""
-        if not pieces:
-            return
         assert self._compiled is not None
         device, steps, betas = pieces[0].master.device, [piece.step for piece in pieces], group["betas"]
         divisor = torch.ones((), device=device) if self._divisor is None else self._divisor.to(device)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smol_model import EXTRA_FIELDS, SHARED_FIELDS, SmolConfig, SmolForCausalLM
 from smolkit.arguments import NewModelArguments, PretrainArguments
-from smolkit.checkpoints import build_model, resolve_model, typed
+from smolkit.checkpoints import build_model, resolve_model, typed_fields
 from smolkit.errors import UserError
 
 # What --model_overrides may change of an upcycled model: how it is trained, not what it computes.
@@ -51,7 +51,7 @@ def upcycled_config(dense: SmolConfig, stage: PretrainArguments, overrides: dict
     kept = {name: getattr(dense, name) for name in (*SHARED_FIELDS, *EXTRA_FIELDS, "qk_norm")}
     experts, chosen = stage.upcycle_shape()
     try:
-        return SmolConfig(**kept | {"num_experts": experts, "num_experts_per_tok": chosen} | typed(overrides))
+        return SmolConfig(**kept | {"num_experts": experts, "num_experts_per_tok": chosen} | typed_fields(overrides))
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from smolkit import shards
+from smolkit import files, shards
 from smolkit.arguments import PretrainArguments
 from smolkit.chat import add_chat_tokens
 from smolkit.doctor import read_pretrain
@@ -192,7 +192,7 @@ def test_damaged_stores_are_never_used(tmp_path, text, damage, message, capsys) 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from smolkit import shards
+from smolkit import files, shards
 from tests.test_shards import CONVERSION, byte_tokenizer, replace, read_pretrain
 
 def read(files):
@@ -343,9 +343,9 @@ def test_what_decides_the_ids_is_in_the_hash() -> None:
 def test_the_default_cache_follows_the_environment(monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     monkeypatch.delenv("SMOLLM_CACHE", raising=False)
-    assert shards.default_cache_dir() == Path("/somewhere/smollm")
+    assert files.default_cache_dir() == Path("/somewhere/smollm")
     monkeypatch.setenv("SMOLLM_CACHE", "/elsewhere")
-    assert shards.default_cache_dir() == Path("/elsewhere")
+    assert files.default_cache_dir() == Path("/elsewhere")
     monkeypatch.delenv("SMOLLM_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert shards.default_cache_dir() == Path(os.path.expanduser("~")) / ".cache" / "smollm"
+    assert files.default_cache_dir() == Path(os.path.expanduser("~")) / ".cache" / "smollm"
