@@ -468,7 +468,7 @@ CASES = {
         RECIPE,
         trained("out/quickstart/sft", "out/quickstart/control"),
         part=(3, 5),
-        instead={"--num_epochs 1": "--max_steps 4", "--warmup_steps 20": "--warmup_steps 2"},
+        instead={"--num_epochs 2": "--max_steps 4", "--warmup_steps 20": "--warmup_steps 2"},
         after=("recipe: pretraining",),
     ),
     "recipe: LoRA and DPO": Case(
