@@ -9,6 +9,7 @@ import html
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from smolkit.token_view import probabilities_html
 T = TypeVar("T")
 TOP_LOGPROBS = 5
 MAX_TOKENS = 4096
+FRAME = 0.05  # seconds between two views of an answer that grows: a browser draws them slower than models answer
 EXAMPLES = ("Hello!", "What is photosynthesis?", "你好！", "什么是光合作用？")
 
 ENGLISH = {
@@ -133,29 +135,36 @@ def build_page(
         settings = _settings(tools, system, temperature)
         inputs = [component for side in sides for component in side.inputs]
         outputs = [component for side in sides for component in side.outputs]
+        players = [side.player for side in sides]
+        hidden = [gr.update(visible=False)] * len(players)
 
         def ask(prompt: str, *values: Any) -> Iterator[list[Any]]:
             """Empties the box and lets both sides answer."""
-            yield ["", *[gr.skip()] * len(outputs)]
+            yield ["", *hidden, *[gr.skip()] * len(outputs)]
             state, chosen = values[: len(inputs)], values[len(inputs) :]
             per_side = zip(*[iter(state)] * (len(inputs) // len(sides)), strict=True)
             streams = [side.ask(prompt, *own, *chosen) for side, own in zip(sides, per_side, strict=True)]
             for number, view in together(streams):
                 views = [view if n == number else [gr.skip()] * len(sides[n].outputs) for n in range(len(sides))]
-                yield [gr.skip(), *itertools.chain(*views)]
+                yield [gr.skip(), *hidden, *itertools.chain(*views)]
 
         # One event for both: gradio runs the events of one click one after the other.
         asked = gr.on(
-            [send.click, prompt.submit], ask, [prompt, *inputs, *settings], [prompt, *outputs], **QUIET
+            [send.click, prompt.submit], ask, [prompt, *inputs, *settings], [prompt, *players, *outputs], **QUIET
         )
+        # The box for a tool's result has an event of its own: of a stream's updates that the browser has not drawn yet,
+        # Gradio (6.31) forgets what a later one leaves out, and on a slow machine the box never appeared.
+        for side in sides:
+            asked.then(side.waiting, side.conversation, side.call, **QUIET)
         running = [asked]
         for side in sides:
-            played = [side.result, *side.inputs, *settings]
-            running.append(
-                gr.on([side.send_result.click, side.result.submit], side.play, played, side.outputs, **QUIET)
-            )
+            sent, played = [side.send_result.click, side.result.submit], [side.result, *side.inputs, *settings]
+            answered = gr.on(sent, side.play, played, [side.player, *side.outputs], **QUIET)
+            answered.then(side.waiting, side.conversation, side.call, **QUIET)
+            running.append(answered)
         for side in sides:
-            gr.on([clear.click, side.chatbot.clear], side.cleared, None, side.outputs, cancels=running, **QUIET)
+            emptied = [*side.call, *side.outputs]
+            gr.on([clear.click, side.chatbot.clear], side.cleared, None, emptied, cancels=running, **QUIET)
         stop.click(None, None, None, cancels=running, **QUIET)
     return page.queue(default_concurrency_limit=8)
 
@@ -196,7 +205,8 @@ class Side:
                 self.panel = gr.HTML()
             self.conversation = gr.State([])
         self.inputs = [self.model, self.conversation]
-        self.outputs = [self.chatbot, self.conversation, self.panel, self.note, self.player, self.result]
+        self.outputs = [self.chatbot, self.conversation, self.panel, self.note]
+        self.call = [self.player, self.result]
 
     def ask(self, prompt: str, name: str, messages: list[Message], *settings: Any) -> Generator[list[Any], None, None]:
         """Answer a prompt; blank ones are left alone."""
@@ -206,23 +216,33 @@ class Side:
             yield [gr.skip()] * len(self.outputs)
 
     def play(self, result: str, name: str, messages: list[Message], *settings: Any) -> Generator[list[Any], None, None]:
-        """Take a tool's result; when no call waits any more, the model goes on."""
+        """Take a tool's result; when no call waits any more, the model goes on. Its box is hidden meanwhile."""
         call = waiting_calls(messages)[0]
         messages = [*messages, {"role": "tool", "tool_call_id": call["id"], "content": result}]
-        if waiting_calls(messages):
-            yield self._view(messages, Reply())
-        else:
-            yield from self._answer(messages, name, Settings(*settings))
+        views = iter([self._view(messages, Reply())])
+        if not waiting_calls(messages):
+            views = self._answer(messages, name, Settings(*settings))
+        for view in views:
+            yield [gr.update(visible=False), *view]
+
+    def waiting(self, messages: list[Message]) -> list[Any]:
+        """New values of `call`: the box for a result, where the conversation ends with a tool call."""
+        calls = waiting_calls(messages)
+        return [gr.update(visible=bool(calls)), gr.update(value="", info=called(calls[0]) if calls else None)]
 
     def cleared(self) -> list[Any]:
         """The empty conversation."""
-        return self._view([], Reply())
+        return [*self.waiting([]), *self._view([], Reply())]
 
     def _answer(self, messages: list[Message], name: str, settings: Settings) -> Iterator[list[Any]]:
         yield self._view(messages, Reply())
         try:
+            drawn = 0.0
             for reply in self._replies(messages, name, settings):
-                yield self._view([*messages, reply.message()], reply)
+                # What is said so far, thus nothing is lost by leaving some out; the end is shown whatever the time.
+                if reply.finish_reason is not None or time.monotonic() - drawn >= FRAME:
+                    drawn = time.monotonic()
+                    yield self._view([*messages, reply.message()], reply)
         except (openai.APIError, UserError) as error:
             # Shown and then forgotten: the conversation stays as it was before the question.
             view = self._view(messages[:-1], Reply())
@@ -238,11 +258,7 @@ class Side:
 
     def _view(self, messages: list[Message], reply: Reply) -> list[Any]:
         """New values of `outputs`."""
-        ended = reply.finish_reason is not None or not reply.seconds
-        waiting = waiting_calls(messages) if ended else []
-        result = gr.update(value="", info=called(waiting[0])) if waiting else gr.update(value="", info=None)
-        panel = probabilities_html(reply.tokens)
-        return [displayed(messages), messages, panel, summary(reply), gr.update(visible=bool(waiting)), result]
+        return [displayed(messages), messages, probabilities_html(reply.tokens), summary(reply)]
 
 
 def together(streams: Sequence[Generator[T, None, None]]) -> Iterator[tuple[int, T]]:

@@ -78,13 +78,20 @@ def side(endpoints: list[Endpoint]) -> Side:
         return Side(endpoints, 0, "left")
 
 
-def test_an_answer_grows_and_is_remembered(likely: list[tuple[Likely, Endpoint]]) -> None:
+def test_an_answer_grows_and_is_remembered(
+    likely: list[tuple[Likely, Endpoint]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (engine, endpoint), _ = likely
     engine.will_say("光合 and light")
+    with monkeypatch.context() as slow:
+        slow.setattr("smolkit.app_view.FRAME", 1e9)
+        views = list(side([endpoint]).ask("What?", "one", [], *SETTINGS))
+        assert len(views) <= 4 and views[-1][0][-1]["content"] == "光合 and light"  # the end is shown in any case
+    monkeypatch.setattr("smolkit.app_view.FRAME", 0.0)
     views = list(side([endpoint]).ask("What?", "one", [], *SETTINGS))
     lengths = [len(view[0][-1]["content"]) if len(view[0]) > 1 else 0 for view in views]
     assert lengths == sorted(lengths) and len(set(lengths)) > 3  # streamed
-    shown, messages, panel, note, *_ = views[-1]
+    shown, messages, panel, note = views[-1]
     assert messages == [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "光合 and light"}]
     assert shown == messages and "50.0%" in panel and "25.0%" in panel
     assert note.startswith("`finish_reason: stop`") and f"{len(engine.reply)} tokens" in note
@@ -113,15 +120,19 @@ def test_a_tool_call_waits_for_its_result(likely: list[tuple[Likely, Endpoint]])
     (engine, endpoint), _ = likely
     engine.will_say(CALL + "\n" + CALL.replace("巴黎", "Rome"))
     half, settings = side([endpoint]), (*SETTINGS[:2], TOOLS, *SETTINGS[3:])
-    *_, (shown, messages, _, note, player, box) = half.ask("Weather?", "one", [], *settings)
+    *_, (shown, messages, _, note) = half.ask("Weather?", "one", [], *settings)
+    player, box = half.waiting(messages)
     assert [entry["metadata"]["title"] for entry in shown[1:]] == ["tool call · 调用工具: get_weather"] * 2
     assert shown[1]["content"] == '{"city": "巴黎"}' and "tool_calls" in note
     assert player["visible"] and box["info"] == 'get_weather({"city": "巴黎"})'
-    ((shown, messages, _, _, player, box),) = half.play("sunny", "one", messages, *settings)
+    ((player, shown, messages, _, _),) = half.play("sunny", "one", messages, *settings)
+    assert not player["visible"]
+    player, box = half.waiting(messages)
     assert player["visible"] and box["info"] == 'get_weather({"city": "Rome"})'  # one call after the other
     engine.will_say("Sun and rain.")
-    *_, (shown, messages, _, _, player, box) = half.play("rain", "one", messages, *settings)
-    assert not player["visible"] and shown[-1]["content"] == "Sun and rain."
+    *_, (player, shown, messages, _, _) = half.play("rain", "one", messages, *settings)
+    assert not player["visible"] and not half.waiting(messages)[0]["visible"]
+    assert shown[-1]["content"] == "Sun and rain."
     prompt = engine.tokenizer.decode(engine.requests[-1].prompt_ids)
     assert prompt.index("sunny") < prompt.index("\nrain\n</tool_response>")
     assert waiting_calls([*messages[:2], {"role": "user", "content": "never mind"}]) == []
@@ -230,7 +241,10 @@ def test_two_models_side_by_side(browser: Browser, likely: list[tuple[Likely, En
         expect(left.locator("input").first).to_have_value("one")
         expect(right.locator("input").first).to_have_value("two")
 
-        one.will_say("Plants need light. <img src=x onerror=alert(1)>")
+        # On a slow machine, and although the other half goes on answering, the box for a tool's result appears.
+        slow = page.context.new_cdp_session(page)
+        slow.send("Emulation.setCPUThrottlingRate", {"rate": 6})
+        one.will_say("Plants need light. <img src=x onerror=alert(1)>" + " So they grow." * 8)
         two.will_say(CALL)
         page.get_by_role("button", name="你好！").click()
         expect(page.locator("#prompt textarea")).to_have_value("你好！")
@@ -249,8 +263,10 @@ def test_two_models_side_by_side(browser: Browser, likely: list[tuple[Likely, En
         expect(said(page, "right").get_by_text("tool call · 调用工具: get_weather")).to_be_visible()
         expect(said(page, "right").get_by_text('{"city": "巴黎"}', exact=True)).to_be_visible()
         expect(page.locator("#left-result")).to_have_count(0)
+        expect(page.locator("#right-result")).to_be_visible()
         page.screenshot(path=tmp_path / "call.png", full_page=True)
         two.will_say("It is sunny in Paris.")
+        slow.send("Emulation.setCPUThrottlingRate", {"rate": 1})
         page.locator("#right-result textarea").fill("sunny")
         page.locator("#right-send-result").click()
         expect(said(page, "right").get_by_text("It is sunny in Paris.")).to_be_visible()
