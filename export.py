@@ -12,8 +12,10 @@ what was written, or without --format the final files of --model_path.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+from smolkit.adapters import other_base
 from smolkit.errors import UserError, run
 from smolkit.export import export_compressed, export_gguf, export_native, push_to_hub
 from smolkit.gguf_file import TYPES
@@ -65,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         print(export_native(source, output, args.dtype or "bf16", args.adapter))
     elif args.format == "compressed-tensors":
         print(export_compressed(source, output, args.bits or 8, args.adapter))
+    if args.adapter and (base := other_base(args.adapter, source)):
+        print(f"note: {args.adapter} was trained on {base}, and was added to {source}", file=sys.stderr)
     if args.push_to_hub:
         # Of the folder of a GGUF file only what was written: it may hold anything else.
         files = (output.name, "Modelfile") if args.format == "gguf" else ()

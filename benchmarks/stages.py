@@ -13,6 +13,11 @@ Infinity-Preference as they lie on the hub; for each stage, each in its own proc
   peer          transformers' model of the same shape under transformers' Trainer, TRL's SFTTrainer or DPOTrainer, with
                 the script's arguments on the same rows in the same order: fp32 weights, --bf16 (autocast), fused AdamW
 
+  llama_factory LLaMA-Factory's fine-tuning of the same file, packed with its `neat_packing`, which keeps conversations
+                apart as ours does, and without the gradient checkpointing that it turns on by itself. It is run with
+                --llama_factory PYTHON, an interpreter that has it (pip install llamafactory; it wants an older
+                transformers than we do), for the stage sft. Its rows are its own, so that losses are not compared
+
 Tokens are those of the input, padding included; DPO with reference log-probabilities computed beforehand on both
 sides, not counted. The first steps are not counted either. A script must stay within 10 % of the bare step. `loss` has
 the means of five steps of the script and of the peer, and by how much they differ at most and on average: rounding of
@@ -29,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +226,33 @@ def measure_peer(home: str, stage: str, steps: int, fp32: bool) -> dict[str, Any
     return {"tokens_per_second": pace(trainer.tokens, trainer.starts), "loss": losses}
 
 
+def measure_llama_factory(home: str, steps: int, fp32: bool, python: str) -> dict[str, Any]:
+    """The other toolkit's command on the conversations of the stage sft."""
+    folder, output = Path(home, "llama_factory"), Path(home, "llama_factory-run")
+    size, length, *_ = STAGES["sft"]
+    roles = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    source = {"file_name": str(data_file(Path(home), "sft")), "columns": {"messages": "messages"}}
+    folder.mkdir(exist_ok=True)
+    described = source | {"formatting": "sharegpt", "tags": roles | {"system_tag": "system"}}
+    (folder / "dataset_info.json").write_text(json.dumps({"sft": described}))
+    words = f"""--stage sft --do_train true --finetuning_type full --template chatml --dataset sft
+        --dataset_dir {folder} --model_name_or_path {Path(home, "checkpoint")} --cutoff_len {length}
+        --packing true --neat_packing true
+        --per_device_train_batch_size {size} --gradient_accumulation_steps 1 --max_steps {WARMUP + steps}
+        --learning_rate {LEARNING_RATE} --max_grad_norm {MAX_NORM} --seed {SEED} --optim adamw_torch_fused
+        --bf16 {not fp32} --use_cpu true --flash_attn sdpa --disable_gradient_checkpointing true --save_strategy no
+        --include_num_input_tokens_seen true --logging_steps {WINDOW} --report_to none --output_dir {output}
+        --overwrite_output_dir true --overwrite_cache true --disable_tqdm true""".split()
+    start = [python, "-c", "from llamafactory.train.tuner import run_exp; run_exp()"]
+    done = subprocess.run([*start, *words], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"LLaMA-Factory exited with {done.returncode}\n{done.stderr[-4000:]}")
+    rows = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+    seen = [(row["total_tokens"], row["total_tokens"] / row["throughput"]) for row in rows if "loss" in row]
+    windows = [(tokens - before, at - then) for (before, then), (tokens, at) in pairwise(seen)]
+    return {"tokens_per_second": statistics.median(tokens / seconds for tokens, seconds in windows)}
+
+
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """Both curves and how far they are apart."""
     apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
@@ -231,24 +263,28 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]
 # --- report -------------------------------------------------------------------------------------------------
 
 
-def compare(home: Path, stages: Sequence[str], rounds: int, steps: int, fp32: bool) -> dict[str, Any]:
+def compare(
+    home: Path, stages: Sequence[str], rounds: int, steps: int, fp32: bool, llama_factory: str | None
+) -> dict[str, Any]:
     """Measure the sides of every stage in turn and put the report together."""
     report = {}
     for stage in stages:
         work = {"home": str(home), "stage": stage, "steps": steps, "fp32": fp32}
-        sides = ("script", "bare", "peer")
+        sides = ["script", "bare", "peer"]
         jobs = {
             f"{stage} {side}": partial(common.in_a_process, f"benchmarks.stages:measure_{side}", **work)
             for side in sides
         }
+        if stage == "sft" and llama_factory:
+            sides.append("llama_factory")
+            jobs["sft llama_factory"] = partial(measure_llama_factory, str(home), steps, fp32, llama_factory)
         results = common.take_turns(jobs, rounds, lambda result: f"{result['tokens_per_second']:,.0f} tok/s")
         speeds = {side: [row["tokens_per_second"] for row in results[f"{stage} {side}"]] for side in sides}
-        ratios = {side: common.ratio_by_round(speeds["script"], speeds[side]) for side in ("bare", "peer")}
+        ratios = {side: common.ratio_by_round(speeds["script"], speeds[side]) for side in sides[1:]}
         target = common.Target("script", "speed", SCRIPT_SHARE, "bare")
         report[stage] = {
             "tokens_per_second": {side: [round(speed, 1) for speed in values] for side, values in speeds.items()},
-            "script_over_bare": ratios["bare"],
-            "script_over_peer": ratios["peer"],
+            **{f"script_over_{side}": ratio for side, ratio in ratios.items()},
             "loss": difference(*(results[f"{stage} {side}"][0]["loss"] for side in ("script", "peer"))),
             "target": target.judge(ratios["bare"]["median"]),
         }
@@ -263,12 +299,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--steps", type=int, default=40, help="counted steps of a run (default 40)")
     options.add_argument("--samples", help="directory with slices of the public datasets; default: the tiny world")
     options.add_argument("--fp32", action="store_true", help="float32 on all sides, to compare the losses")
+    options.add_argument("--llama_factory", metavar="PYTHON", help="interpreter of an environment with LLaMA-Factory")
     args = options.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         prepare_home(home, args.model_size, args.vocab_size, args.samples)
-        stages = compare(home, args.stages, args.rounds, args.steps, args.fp32)
+        stages = compare(home, args.stages, args.rounds, args.steps, args.fp32, args.llama_factory)
     report = {"benchmark": "stages", **common.environment(), "model_size": args.model_size, "stages": stages}
     return common.emit(report, args.output)
 

@@ -56,6 +56,12 @@ def adapter_base(directory: str | Path) -> str | None:
     return str(base)
 
 
+def other_base(adapter: str | Path, base: str | Path) -> str | None:
+    """The model that the adapter's directory says it was trained on; None where that is `base`, or it says nothing."""
+    named = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return str(named) if named and Path(named).resolve() != Path(base).resolve() else None
+
+
 def serving_pairs(model_config: SmolConfig, directory: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A LoRA adapter as it is served beside the weights: A (r, I) and B (O, r) times its scale, by module name.
 

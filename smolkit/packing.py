@@ -261,18 +261,21 @@ def _lazy_rows(
 
 @dataclass(frozen=True)
 class Filling:
-    """What packing did: rows, tokens in them, the share of `rows * row_length` they fill, documents that had to
-    be split and the pieces they became (a piece's first token is not trained)."""
+    """What packing did: rows of `row_length` tokens, tokens in them, the share they fill, documents that had to be
+    split and the pieces they became (a piece's first token is not trained)."""
 
     rows: int
+    row_length: int
     tokens: int
     fill: float
     split_documents: int
     split_pieces: int
 
     def __str__(self) -> str:
-        split = f"{self.split_documents:,} documents split into {self.split_pieces:,} pieces"
-        return f"{self.tokens:,} tokens in {self.rows:,} rows, {self.fill:.1%} filled, {split}"
+        packed = f"{self.tokens:,} tokens in {self.rows:,} rows of {self.row_length:,}, {self.fill:.1%} filled"
+        if not self.split_documents:
+            return packed
+        return f"{packed}, documents split: {self.split_documents:,}, into {self.split_pieces:,} pieces"
 
 
 def filling(rows: Dataset, row_length: int) -> Filling:
@@ -282,7 +285,8 @@ def filling(rows: Dataset, row_length: int) -> Filling:
     tokens = int((stop - start).sum())
     _, pieces = np.unique(document, return_counts=True)
     split = pieces[pieces > 1]
-    return Filling(len(rows), tokens, tokens / max(len(rows) * row_length, 1), len(split), int(split.sum()))
+    fill = tokens / max(len(rows) * row_length, 1)
+    return Filling(len(rows), row_length, tokens, fill, len(split), int(split.sum()))
 
 
 # --- files → rows -------------------------------------------------------------------------------------------
@@ -315,7 +319,7 @@ def pack_texts(
     store = tokenise(documents(end_id), files)
     train = pack(store, block_size, seed)
     evaluation = pack(tokenise(documents(end_id), eval_files), block_size, seed) if eval_files else None
-    summary = f"{len(store):,} documents, {filling(train, block_size)} of {block_size} ({strategy})"
+    summary = f"{len(store):,} documents, {filling(train, block_size)} ({strategy})"
     return TrainingRows(train, _head(evaluation, max_eval_rows), summary)
 
 
@@ -342,7 +346,7 @@ def pack_conversations(
     counts = store.counts
     summary = (
         f"{len(store):,} conversations ({counts['cut']:,} cut and {counts['dropped']:,} dropped as too long), "
-        f"{counts['trained_tokens']:,} trained of {filling(train, max_length)} of {max_length}"
+        f"{counts['trained_tokens']:,} trained of {filling(train, max_length)}"
     )
     return TrainingRows(train, _head(evaluation, max_eval_rows), summary)
 

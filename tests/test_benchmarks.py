@@ -216,3 +216,26 @@ def test_the_stages_report_compares_scripts_with_the_bare_step_and_with_trl(caps
         assert set(stage["tokens_per_second"]) == {"script", "bare", "peer"}
         assert stage["target"]["measured"] == pytest.approx(stage["script_over_bare"]["median"])
         assert len(stage["loss"]["script"]) == 2 and stage["loss"]["largest_difference"] < 1e-4
+
+
+def test_another_toolkits_speed_is_read_from_its_log(tmp_path) -> None:
+    """LLaMA-Factory logs all tokens and their mean speed since the start; here a stand-in does."""
+    from benchmarks import stages
+
+    program = tmp_path / "python"
+    log = [(500, 50.0), (1200, 60.0), (1800, 60.0)]
+    rows = [{"total_tokens": tokens, "throughput": speed, "loss": 1.0} for tokens, speed in log]
+    lines = [json.dumps(row) for row in [*rows, {"total_tokens": 1800, "throughput": 1.0}]]
+    (tmp_path / "log").write_text("\n".join(lines))
+    program.write_text(
+        f"""#!/bin/bash
+        while [ "$1" != --output_dir ]; do [ "$1" = --bf16 ] && bf16=$2; shift; done
+        [ "$bf16" = True ] && [ -f dataset_info.json ] || exit 7
+        mkdir "$2" && cp {tmp_path}/log "$2/trainer_log.jsonl"
+        """
+    )
+    program.chmod(0o755)
+    speed = stages.measure_llama_factory(str(tmp_path), 10, False, str(program))
+    assert speed == {"tokens_per_second": pytest.approx((70 + 60) / 2)}
+    with pytest.raises(RuntimeError, match="exited with 7"):
+        stages.measure_llama_factory(str(tmp_path), 10, True, str(program))

@@ -95,7 +95,7 @@ def test_gguf_and_modelfile_by_the_command(world, tmp_path, run_script):
     assert modelfile.startswith("FROM ./m.gguf\n") and "PARAMETER num_ctx 64\n" in modelfile
 
 
-def test_an_adapter_is_merged_into_either_format(world, tmp_path):
+def test_an_adapter_is_merged_into_either_format(world, tmp_path, capsys):
     base = AutoModelForCausalLM.from_pretrained(world / "llama")
     expected = logits(PeftModel.from_pretrained(base, world / "adapter"))
     common = ["--model_path", f"{world}/llama", "--adapter", f"{world}/adapter", "--dtype", "f32"]
@@ -110,6 +110,11 @@ def test_an_adapter_is_merged_into_either_format(world, tmp_path):
     assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["Modelfile", "m.gguf"]
     names = {field.name: field for field in gguf.GGUFReader(tmp_path / "file" / "m.gguf").fields.values()}
     assert names["general.name"].contents() == "adapter"
+    assert "note: " not in capsys.readouterr().err
+    shutil.copytree(world / "llama", tmp_path / "moved")
+    export.main([*common, "--model_path", f"{tmp_path}/moved", "--format", "safetensors", "--output", f"{tmp_path}/m2"])
+    note = f"note: {world}/adapter was trained on {world}/llama, and was added to {tmp_path}/moved"
+    assert note in capsys.readouterr().err
 
 
 def test_fewer_bits_are_a_directory_that_transformers_reads(world, tmp_path, capsys):

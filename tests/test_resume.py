@@ -168,6 +168,15 @@ def test_killed_runs_continue_bit_for_bit(world, tmp_path) -> None:
     assert tokens == [row["tokens"] for row in rows(tmp_path / "dpo-killed") if "tokens" in row]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "dpo"])
+def test_a_compiled_run_continues_bit_for_bit(world, tmp_path, stage) -> None:
+    execute(
+        tmp_path, killed_and_whole(world, tmp_path, stage, {"kill_at": 7}, "--torch_compile", "true"), [0, -9, 0]
+    )
+    assert_same(tmp_path / f"{stage}-whole", tmp_path / f"{stage}-killed")
+
+
 def test_two_processes_and_another_number_of_them(world, tmp_path) -> None:
     """Two ranks killed and continued: bit for bit. The same global batch on 1, 2 and again 2 ranks: equal to rounding.
 

@@ -247,6 +247,13 @@ def test_bf16_trains_alike_and_keeps_its_masters(world, one_process, strategy, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiling_changes_nothing(world, one_process, strategy, tmp_path) -> None:
+    run_with(world, "pretrain", strategy, tmp_path / "two", "--torch_compile", "true")
+    assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "lora"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_killed_run_continues(world, strategy, stage, tmp_path) -> None:

@@ -7,7 +7,8 @@ confidence intervals by `statistics` and writes them, and `comparison` sets runs
 An evaluation directory holds
 
 - `metrics.json`: the figures by name, their number of items as `NAME_n`; `"intervals"`: `{NAME: [low, high]}`, 95 %
-  confidence; `"shares"`: the names of figures that are shares of items; `"settings"`: what was asked and of whom;
+  confidence; `"shares"`: the names of figures that are shares, of items or expected ones; `"settings"`: what was asked
+  and of whom;
 - `items.jsonl`: `{"id": str, "values": {NAME: value}}`, the items that the figures are made of: true or false, a
   number, or [numerator, denominator] for a ratio of sums;
 - `metrics.md`: the same figures as a Markdown table;

@@ -111,7 +111,7 @@ def exam_results(items: list[dict], answers: list[Answer]) -> Results:
                 results.add(name, [(answer.id, answer.verdicts.get(verdict, False)) for _, answer in part])
             chances = [item["chance"] for item, _ in part if "chance" in item]
             if chances:
-                results.number(f"{kind}{suffix}_chance", sum(chances) / len(chances))
+                results.expectation(f"{kind}{suffix}_chance", sum(chances) / len(chances))
     results.add("ends_by_itself", [(answer.id, answer.ended) for answer in answers])
     if "refusal" in groups:
         for name, is_refusal in (("refused", True), ("false_refusal", False)):

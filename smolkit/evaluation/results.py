@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ class Figure:
     interval: Interval | None = None
     items: Mapping[str, Value] = field(default_factory=dict)
     data: str = ""
+    expected: bool = False  # a share that nobody measured, as that of a guess
 
     @property
     def is_share(self) -> bool:
-        """Whether the items are yes or no."""
-        return bool(self.items) and all(isinstance(value, bool) for value in self.items.values())
+        """Whether the items are yes or no, or would be."""
+        return self.expected or bool(self.items) and all(isinstance(value, bool) for value in self.items.values())
 
 
 class Results:
@@ -68,10 +69,14 @@ class Results:
         """A figure that is no mean of items."""
         self._put(name, Figure(value, interval))
 
+    def expectation(self, name: str, share: float) -> None:
+        """A share that is not measured but known, as that of a guess."""
+        self._put(name, Figure(share, expected=True))
+
     def include(self, part: "Results", data: str = "") -> None:
         """Take over the figures of a measurement on `data` (a file name, a task)."""
         for name, figure in part.figures.items():
-            self._put(name, Figure(figure.value, figure.interval, figure.items, figure.data or data))
+            self._put(name, replace(figure, data=figure.data or data))
 
     def _put(self, name: str, figure: Figure) -> None:
         if name in self.figures:

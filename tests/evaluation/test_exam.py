@@ -116,6 +116,7 @@ def test_exam_metrics_by_hand(model: LlamaForCausalLM, tokenizer: PreTrainedToke
             "ends_by_itself": 5 / 6, "ends_by_itself_n": 6,
         }
     )  # fmt: skip
+    assert {"qa", "qa_chance"} <= set(metrics["shares"]) and "ends_by_itself_n" not in metrics["shares"]
     assert not answers[5].ended
 
     others = [(i, list(ids), text) for i, ids, text in exam.as_given(answers)]
