@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import trl.trainer.utils
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -97,21 +96,6 @@ class PairLossMixin(TrainerMixin):
             yield
         finally:
             del self.accelerator.gather
-
-
-@contextmanager
-def scored_positions() -> Iterator[None]:
-    """Within: TRL's fused head computes logits where there is a label, and not of prompts and padding as well.
-
-    TRL 1.16 does so where it has its Triton kernel. Elsewhere it computes all positions, for accelerators that compile
-    anew for every number of them; a CPU does not.
-    """
-    module = trl.trainer.utils
-    asked, module._use_triton = module._use_triton, lambda device: True  # the head asks it for nothing else
-    try:
-        yield
-    finally:
-        module._use_triton = asked
 
 
 def unpadded(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,8 +14,9 @@ from trl.models import prepare_deepspeed
 
 from smolkit.errors import UserError
 from smolkit.expert_trainer import ExpertParallelMixin
-from smolkit.pairs import PairCollator, PairLossMixin, scored_positions, unpadded
+from smolkit.pairs import PairCollator, PairLossMixin, unpadded
 from smolkit.preferences import load_reference, save_reference
+from smolkit.scores import scored_positions
 
 # Comparison of policy and reference before step 1, in nats per answer. Both see the same batches, so that even bf16
 # leaves next to no rounding.

@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ import train_dpo
 import train_lora
 import train_tokenizer
 from smol_model import SmolConfig, SmolForCausalLM, SmolModel
-from smolkit import preferences
+from smolkit import preferences, scores
 from smolkit.checkpoints import load_tokenizer, save_final
 from smolkit.errors import UserError
-from smolkit.pairs import scored_positions, unpadded
+from smolkit.pairs import unpadded
+from smolkit.scores import TokenScores, scored_positions
 
 WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -294,9 +296,10 @@ def test_scoring_the_answers_alone_changes_none_of_their_scores(home, kind, monk
     """TRL's head gets the hidden states of labelled positions only; what it says of them, and gradients, stay."""
     model = SmolForCausalLM.from_pretrained(home / kind)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    head, rows = trl_utils._ChunkedLogProbFunction, []
-    apply = head.apply
-    monkeypatch.setattr(head, "apply", lambda hidden, *rest: rows.append(len(hidden)) or apply(hidden, *rest))
+    rows = []
+    for head in (trl_utils._ChunkedLogProbFunction, TokenScores):
+        counted = partial(lambda apply, hidden, *rest: rows.append(len(hidden)) or apply(hidden, *rest), head.apply)
+        monkeypatch.setattr(head, "apply", counted)
     ids = torch.randint(5, 300, (4, 20), generator=torch.Generator().manual_seed(5))
     labels = ids.clone()
     labels[:, :14] = -100
@@ -314,6 +317,37 @@ def test_scoring_the_answers_alone_changes_none_of_their_scores(home, kind, monk
         torch.testing.assert_close(few[name], every[name], rtol=1e-5, atol=1e-5)
     for name, gradient in all_gradients.items():
         torch.testing.assert_close(few_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_scores_of_tokens_are_those_of_the_whole_softmax(tokens, dtype, tolerance, monkeypatch) -> None:
+    """Against the formulas in float64; several blocks of logits, and chunks that do not divide them."""
+    monkeypatch.setattr(scores, "LOSS_BLOCK_ELEMENTS", 32 * 50)
+    monkeypatch.setitem(scores.LOSS_ELEMENTS, "cpu", 7 * 50)
+    random = torch.Generator().manual_seed(tokens)
+    hidden, weight = torch.randn(tokens, 8, generator=random), torch.randn(50, 8, generator=random)
+    targets = torch.randint(0, 50, (tokens,), generator=random)
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    found = TokenScores.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, outputs)
+    exact_hidden, exact_weight = (value.detach().double().requires_grad_() for value in (hidden, weight))
+    logits = exact_hidden @ exact_weight.t()
+    log_probs = logits.log_softmax(-1)
+    expected = (
+        log_probs.gather(1, targets[:, None])[:, 0],
+        torch.special.entr(log_probs.exp()).sum(-1),
+        log_probs.exp().square().sum(-1).log(),
+        logits.mean(-1),
+    )
+    for values, right in zip(found, expected, strict=False):
+        torch.testing.assert_close(values.double(), right, rtol=tolerance, atol=3 * tolerance)
+    assert (found[4] == (logits.argmax(-1) == targets)).double().mean() > 0.9 or not tokens
+    factor = torch.randn(tokens, generator=random)
+    (found[0] * factor).sum().backward()
+    (expected[0] * factor).sum().backward()
+    for value, right in ((hidden, exact_hidden), (weight, exact_weight)):
+        torch.testing.assert_close(value.grad.double(), right.grad, rtol=tolerance, atol=20 * tolerance)
 
 
 @pytest.mark.parametrize("line", ["", "--use_lora true", "--loss_type ipo --precompute_ref_log_probs false"])
