@@ -18,11 +18,11 @@ Infinity-Preference as they lie on the hub; for each stage, each in its own proc
                 --llama_factory PYTHON, an interpreter that has it (pip install llamafactory; it wants an older
                 transformers than we do), for the stage sft. Its rows are its own, so that losses are not compared
 
-Tokens are those of the input, padding included; DPO with reference log-probabilities computed beforehand on both
-sides, not counted. The first steps are not counted either. A script must stay within 10 % of the bare step. `loss` has
-the means of five steps of the script and of the peer, and by how much they differ at most and on average: rounding of
-bf16 weights against autocast, nothing else. --fp32 computes in float32 on both sides, where only the order of sums is
-left.
+Tokens are those of the input without padding (LLaMA-Factory counts its own, with it); DPO with reference
+log-probabilities computed beforehand on both sides, not counted. The first steps are not counted either. A script must
+stay within 10 % of the bare step. `loss` has the means of five steps of the script and of the peer, and by how much
+they differ at most and on average: rounding of bf16 weights against autocast, nothing else. --fp32 computes in float32
+on both sides, where only the order of sums is left.
 """
 
 import json
@@ -160,7 +160,7 @@ def measure_bare(home: str, stage: str, steps: int, fp32: bool) -> dict[str, Any
     tokens, starts = [], []
     for batch in islice(batches(*stage_rows(Path(home), stage, tokenizer), size), WARMUP + steps + 1):
         starts.append(time.perf_counter())
-        tokens.append(batch["input_ids"].numel())
+        tokens.append(real_tokens(batch))
         if "completion_mask" in batch:
             batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORE)
         model(**batch, use_cache=False).loss.backward()
@@ -176,6 +176,11 @@ def pace(tokens: Sequence[int], starts: Sequence[float]) -> float:
     return statistics.median(sum(tokens[i : i + WINDOW]) / (starts[i + WINDOW] - starts[i]) for i in ends)
 
 
+def real_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens without padding, as the scripts count them; takes the collator's own count out of the batch."""
+    return int(batch.pop("tokens", batch.get("attention_mask")).sum())
+
+
 class Clocked:
     """Put before a trainer: rows in the scripts' order; notes when each step began and how many tokens it had."""
 
@@ -184,7 +189,7 @@ class Clocked:
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         self.starts.append(time.perf_counter())
-        self.tokens.append(inputs["input_ids"].numel())
+        self.tokens.append(real_tokens(inputs))
         return super().training_step(model, inputs, *args)
 
 

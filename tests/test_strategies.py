@@ -254,19 +254,20 @@ def test_compiling_changes_nothing(world, one_process, strategy, tmp_path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pretrain", "lora"])
+@pytest.mark.parametrize("stage", ["pretrain", "lora", "compiled"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_killed_run_continues(world, strategy, stage, tmp_path) -> None:
     """From the checkpoint in the middle to the same end."""
     output, before = tmp_path / "two", tmp_path / "before"
-    run_with(world, stage, strategy, output)
+    stage, more = ("pretrain", ("--torch_compile", "true")) if stage == "compiled" else (stage, ())
+    run_with(world, stage, strategy, output, *more)
     shutil.copytree(output, before)
     shutil.rmtree(output / "checkpoint-4")  # as it was when killed in step 3
     for name in ("config.json", "adapter_config.json", "training_complete.json"):
         (output / name).unlink(missing_ok=True)
     for path in output.glob("*.safetensors"):
         path.unlink()
-    assert "continued from" in run_with(world, stage, strategy, output)
+    assert "continued from" in run_with(world, stage, strategy, output, *more)
     for name in ("step", "loss", "learning_rate", "grad_norm", "eval_loss"):
         assert metrics(output)[name] == pytest.approx(metrics(before)[name], rel=1e-5), name
     for name, value in weights(before).items():
