@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from smolkit.adapters import other_base
+from smolkit.adapters import named_base
 from smolkit.errors import UserError, run
 from smolkit.export import export_compressed, export_gguf, export_native, push_to_hub
 from smolkit.gguf_file import TYPES
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         print(export_native(source, output, args.dtype or "bf16", args.adapter))
     elif args.format == "compressed-tensors":
         print(export_compressed(source, output, args.bits or 8, args.adapter))
-    if args.adapter and (base := other_base(args.adapter, source)):
+    if args.adapter and Path(base := named_base(args.adapter)).resolve() != source.resolve():
         print(f"note: {args.adapter} was trained on {base}, and was added to {source}", file=sys.stderr)
     if args.push_to_hub:
         # Of the folder of a GGUF file only what was written: it may hold anything else.

@@ -1213,19 +1213,25 @@ def uncompiled_cross_entropy(*arguments: Any) -> Tensor:
     return LinearCrossEntropy.apply(*arguments)
 
 
+def loss_blocks(weight: Tensor) -> tuple[int, int]:
+    """How many tokens' logits for weight (V, D) exist at once, a multiple of 32, and of those in float32."""
+    chunk = max(1, LOSS_ELEMENTS.get(weight.device.type, LOSS_ELEMENTS["else"]) // len(weight))
+    block = max(chunk, LOSS_BLOCK_ELEMENTS // len(weight), weight.shape[1] * 4 // weight.element_size())
+    return -(-block // 32) * 32, chunk
+
+
 def loss_of_trained_tokens(
     hidden: Tensor, weight: Tensor, labels: Tensor, with_hidden: bool, with_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss and gradients of hidden (N, D), weight (V, D); labels (N,). Ignored tokens cost nothing."""
-    chunk = max(1, LOSS_ELEMENTS.get(hidden.device.type, LOSS_ELEMENTS["else"]) // len(weight))
-    block = max(chunk, LOSS_BLOCK_ELEMENTS // len(weight), weight.shape[1] * 4 // weight.element_size())
+    block, chunk = loss_blocks(weight)
     trained = int((labels != -100).sum())
     # A multiple of 32 rows, by ignored ones: a product of 1,022 rows takes up to 1.3 times as long as one of 1,024.
     tokens = (labels == -100).sort(stable=True).indices[: -(-trained // 32) * 32]
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if with_hidden else None
     grad_weight = None
-    for picked in tokens.split(-(-block // 32) * 32):  # no label at all: one empty block, zero gradients
+    for picked in tokens.split(block):  # no label at all: one empty block, zero gradients
         part, target = hidden.index_select(0, picked), labels.index_select(0, picked)[:, None]
         logits, real = part @ weight.t(), min(len(picked), trained)  # (block, V)
         for rows, label in zip(logits[:real].split(chunk), target[:real].split(chunk), strict=True):

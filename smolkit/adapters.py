@@ -50,16 +50,16 @@ def adapter_base(directory: str | Path) -> str | None:
     directory = Path(directory)
     if (directory / "config.json").is_file() or not (directory / "adapter_config.json").is_file():
         return None
-    base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = named_base(directory)
     if not (Path(base) / "config.json").is_file():
         raise UserError(f"{directory} adapts {base}, which is not there; put it there or merge the adapter first")
-    return str(base)
+    return base
 
 
-def other_base(adapter: str | Path, base: str | Path) -> str | None:
-    """The model that the adapter's directory says it was trained on; None where that is `base`, or it says nothing."""
-    named = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return str(named) if named and Path(named).resolve() != Path(base).resolve() else None
+def named_base(adapter: str | Path) -> str:
+    """The model that an adapter was trained on, as PEFT noted it."""
+    settings = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    return str(settings["base_model_name_or_path"])
 
 
 def serving_pairs(model_config: SmolConfig, directory: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

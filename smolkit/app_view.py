@@ -7,6 +7,7 @@ English or Chinese, as the browser prefers.
 import contextlib
 import html
 import itertools
+import json
 import queue
 import threading
 import time
@@ -165,7 +166,7 @@ def build_page(
         for side in sides:
             emptied = [*side.call, *side.outputs]
             gr.on([clear.click, side.chatbot.clear], side.cleared, None, emptied, cancels=running, **QUIET)
-        stop.click(None, None, None, cancels=running, **QUIET)
+            stop.click(side.waiting, side.conversation, side.call, cancels=running, **QUIET)
     return page.queue(default_concurrency_limit=8)
 
 
@@ -226,8 +227,13 @@ class Side:
             yield [gr.update(visible=False), *view]
 
     def waiting(self, messages: list[Message]) -> list[Any]:
-        """New values of `call`: the box for a result, where the conversation ends with a tool call."""
+        """New values of `call`: the box for a result, where the conversation ends with a tool call.
+
+        An answer that was stopped before the arguments of a call were whole gets none.
+        """
         calls = waiting_calls(messages)
+        if not all(is_json(call["function"]["arguments"]) for call in calls):
+            calls = []
         return [gr.update(visible=bool(calls)), gr.update(value="", info=called(calls[0]) if calls else None)]
 
     def cleared(self) -> list[Any]:
@@ -237,12 +243,12 @@ class Side:
     def _answer(self, messages: list[Message], name: str, settings: Settings) -> Iterator[list[Any]]:
         yield self._view(messages, Reply())
         try:
-            drawn = 0.0
+            reply, drawn = Reply(), 0.0
             for reply in self._replies(messages, name, settings):
-                # What is said so far, thus nothing is lost by leaving some out; the end is shown whatever the time.
-                if reply.finish_reason is not None or time.monotonic() - drawn >= FRAME:
+                if time.monotonic() - drawn >= FRAME:
                     drawn = time.monotonic()
                     yield self._view([*messages, reply.message()], reply)
+            yield self._view([*messages, reply.message()], reply)
         except (openai.APIError, UserError) as error:
             # Shown and then forgotten: the conversation stays as it was before the question.
             view = self._view(messages[:-1], Reply())
@@ -304,6 +310,15 @@ def waiting_calls(messages: Sequence[Message]) -> list[Message]:
         return []
     answered = {message["tool_call_id"] for message in messages[said[-1] + 1 :]}
     return [call for call in messages[said[-1]].get("tool_calls", []) if call["id"] not in answered]
+
+
+def is_json(text: str) -> bool:
+    """Whether the text is one whole JSON value."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def called(call: Message) -> str:

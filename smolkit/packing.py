@@ -275,7 +275,7 @@ class Filling:
         packed = f"{self.tokens:,} tokens in {self.rows:,} rows of {self.row_length:,}, {self.fill:.1%} filled"
         if not self.split_documents:
             return packed
-        return f"{packed}, documents split: {self.split_documents:,}, into {self.split_pieces:,} pieces"
+        return f"{packed}, {self.split_documents:,} of the documents split into {self.split_pieces:,} pieces"
 
 
 def filling(rows: Dataset, row_length: int) -> Filling:

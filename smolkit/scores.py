@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import trl.trainer.utils as head
 from torch import Tensor
 
-from smol_model import LOSS_BLOCK_ELEMENTS, LOSS_ELEMENTS
+from smol_model import loss_blocks
 
 
 class TokenScores(torch.autograd.Function):
@@ -45,9 +45,10 @@ class TokenScores(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         found: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *outputs)}
         work = weight.to(ctx.dtype)
-        for part, labels in blocks(work, hidden, targets):
+        block, chunk = loss_blocks(work)
+        for part, labels in split(block, hidden, targets):  # one empty block where N is 0
             logits = part.to(ctx.dtype) @ work.t()  # (block, V)
-            for rows, label in chunks(logits, labels):
+            for rows, label in split(chunk, logits, labels):
                 log_probs = F.log_softmax(rows, dim=-1, dtype=torch.float32)  # (chunk, V)
                 chosen = log_probs.gather(1, label[:, None]).squeeze(1)
                 found["log_probs"].append(chosen)
@@ -75,10 +76,11 @@ class TokenScores(torch.autograd.Function):
         with head.maybe_gather_lm_head_ctx(weight):  # which ZeRO-3 has spread again since
             work = weight.to(ctx.dtype)
             scale = torch.zeros_like(targets, dtype=torch.float32) if grad is None else grad.float()
-            for part, labels, factors in blocks(work, hidden, targets, scale):
+            block, chunk = loss_blocks(work)
+            for part, labels, factors in split(block, hidden, targets, scale):
                 part = part.to(ctx.dtype)
                 logits = part @ work.t()
-                for rows, label, factor in chunks(logits, labels, factors):
+                for rows, label, factor in split(chunk, logits, labels, factors):
                     minus_one = rows.new_full((len(label), 1), -1, dtype=torch.float32)
                     probs = F.softmax(rows, dim=-1, dtype=torch.float32).scatter_add_(1, label[:, None], minus_one)
                     torch.mul(probs, -factor[:, None], out=probs)
@@ -92,16 +94,9 @@ class TokenScores(torch.autograd.Function):
         return of_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 7
 
 
-def blocks(weight: Tensor, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """values (N, ...) in parts whose logits are computed at once; one empty part where N is 0."""
-    size = max(LOSS_BLOCK_ELEMENTS // len(weight), weight.shape[1] * 4 // weight.element_size(), 1)
-    return zip(*(value.split(-(-size // 32) * 32) for value in values), strict=True)
-
-
-def chunks(logits: Tensor, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """logits (block, V), values (block,) in parts whose float32 form exists at once."""
-    size = max(1, LOSS_ELEMENTS.get(logits.device.type, LOSS_ELEMENTS["else"]) // logits.shape[1])
-    return zip(logits.split(size), *(value.split(size) for value in values), strict=True)
+def split(size: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Equally long values in parts of `size`."""
+    return zip(*(value.split(size) for value in values), strict=True)
 
 
 @contextmanager
@@ -114,12 +109,9 @@ def scored_positions() -> Iterator[None]:
         def apply(hidden: Tensor, *arguments: Any) -> Any:
             return (function if triton(hidden.device) else TokenScores).apply(hidden, *arguments)
 
-    def replace(use_triton: Any, score: Any) -> None:
-        for name, value in (("_use_triton", use_triton), ("_ChunkedLogProbFunction", score)):
-            setattr(head, name, value)
-
-    replace(lambda device: True, Chosen)  # the head asks the first only whether to leave positions without a label out
+    # The head asks the first only whether to leave out positions without a label.
+    vars(head).update(_use_triton=lambda device: True, _ChunkedLogProbFunction=Chosen)
     try:
         yield
     finally:
-        replace(triton, function)
+        vars(head).update(_use_triton=triton, _ChunkedLogProbFunction=function)

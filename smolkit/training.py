@@ -330,11 +330,10 @@ def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
     masters = trainer.master_optimizer()
     if masters is not None:
         values = masters.master_of()
-        named = trainer.model.named_parameters()
-        return {clean_name(name): values.get(parameter, parameter) for name, parameter in named}
+        return {name: values.get(parameter, parameter) for name, parameter in trainer.model.named_parameters()}
     if not trainer.is_deepspeed_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        # FSDP gathers tied weights once for each of their names.
+        # FSDP gathers tied weights once for each of their names; compiled blocks have a name of the compiler's before.
         names = {clean_name(name) for name, _ in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
         state = {clean_name(name): value for name, value in state.items()}
         return {name: value for name, value in state.items() if name in names}
@@ -345,7 +344,7 @@ def final_weights(trainer: TrainerMixin) -> dict[str, torch.Tensor]:
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         value = safe_get_full_fp32_param(parameter)
         if trainer.args.should_save:
-            state[clean_name(name)] = parameter.detach().cpu() if value is None else value.detach().to("cpu", copy=True)
+            state[name] = parameter.detach().cpu() if value is None else value.detach().to("cpu", copy=True)
     return state
 
 
@@ -363,7 +362,7 @@ def write_final(trainer: TrainerMixin, dtype: torch.dtype, config: SmolConfig, f
     state = final_weights(trainer)
     if trainer.args.should_save:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        missing = {clean_name(name) for name, _ in model.named_parameters()} - state.keys()
+        missing = {name for name, _ in model.named_parameters()} - state.keys()
         assert not missing, missing  # the library would write a directory without them, or without any weights
         save_final(model, state, trainer.processing_class, trainer.args.output_dir, dtype)
         complete(trainer.args, trainer.state.global_step, config, facts)

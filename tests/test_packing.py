@@ -68,7 +68,7 @@ def test_blocks_are_literal() -> None:
     report = filling(rows, 5)
     assert (report.tokens, report.rows, report.split_documents, report.split_pieces) == (13, 3, 1, 2)
     assert report.fill == pytest.approx(13 / 15)
-    assert str(report) == "13 tokens in 3 rows of 5, 86.7% filled, documents split: 1, into 2 pieces"
+    assert str(report) == "13 tokens in 3 rows of 5, 86.7% filled, 1 of the documents split into 2 pieces"
 
 
 def naive_blocks(documents: list[np.ndarray], block_size: int, seed: int) -> list[dict[str, list[int]]]:
@@ -230,7 +230,7 @@ def test_texts_become_rows_to_train_and_a_few_to_evaluate_on(strategy, lengths) 
     rows = pack_texts(given, [train], [train], 0, 5, 0, strategy, max_eval_rows=2)
     assert sorted(len(row["input_ids"]) for row in rows.train) == sorted(lengths)
     assert lists(rows.evaluation) == lists(rows.train)[:2]
-    split = ", documents split: 1, into 2 pieces" if strategy == "blocks" else ""
+    split = ", 1 of the documents split into 2 pieces" if strategy == "blocks" else ""
     assert rows.summary == f"3 documents, 12 tokens in 3 rows of 5, 80.0% filled{split} ({strategy})"
     assert len(pack_texts(given, [train], [train], 0, 5, 0, strategy, max_eval_rows=9).evaluation) == 3
     assert pack_texts(given, [train], [], 0, 5, 0, strategy, 2).evaluation is None

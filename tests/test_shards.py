@@ -192,7 +192,7 @@ def test_damaged_stores_are_never_used(tmp_path, text, damage, message, capsys) 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from smolkit import files, shards
+from smolkit import shards
 from tests.test_shards import CONVERSION, byte_tokenizer, replace, read_pretrain
 
 def read(files):

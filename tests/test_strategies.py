@@ -254,12 +254,11 @@ def test_compiling_changes_nothing(world, one_process, strategy, tmp_path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pretrain", "lora", "compiled"])
+@pytest.mark.parametrize("stage, more", [("pretrain", ()), ("lora", ()), ("pretrain", ("--torch_compile", "true"))])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_run_continues(world, strategy, stage, tmp_path) -> None:
+def test_a_killed_run_continues(world, strategy, stage, more, tmp_path) -> None:
     """From the checkpoint in the middle to the same end."""
     output, before = tmp_path / "two", tmp_path / "before"
-    stage, more = ("pretrain", ("--torch_compile", "true")) if stage == "compiled" else (stage, ())
     run_with(world, stage, strategy, output, *more)
     shutil.copytree(output, before)
     shutil.rmtree(output / "checkpoint-4")  # as it was when killed in step 3

@@ -136,6 +136,9 @@ def test_a_tool_call_waits_for_its_result(likely: list[tuple[Likely, Endpoint]])
     prompt = engine.tokenizer.decode(engine.requests[-1].prompt_ids)
     assert prompt.index("sunny") < prompt.index("\nrain\n</tool_response>")
     assert waiting_calls([*messages[:2], {"role": "user", "content": "never mind"}]) == []
+    half_written = {"id": "1", "function": {"name": "get_weather", "arguments": '{"city": "巴'}}
+    player, box = half.waiting([{"role": "assistant", "content": "", "tool_calls": [half_written]}])
+    assert not player["visible"] and box["info"] is None  # stopped there
     assert displayed(messages)[3]["metadata"]["title"] == "result of get_weather · 工具结果"
 
 
@@ -323,6 +326,31 @@ def test_answering_can_be_stopped(browser: Browser, tokenizer: PreTrainedTokeniz
                 page.wait_for_timeout(100)
             assert engine.stopped == 2
             expect(said(page, "left").get_by_text("aaa")).to_be_visible()
+        finally:
+            gradio_page.close()
+
+
+def test_a_half_that_has_called_its_tool_goes_on_after_stop(
+    browser: Browser, likely: list[tuple[Likely, Endpoint]], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (other, right) = likely[1]
+    with serving(create_app(Endless(tokenizer), tokenizer, "endless")) as server, connected(f"{server}/v1") as left:
+        gradio_page = build_page([left, right], tools=TOOLS)
+        url = launch(gradio_page, host="127.0.0.1", port=None, wait=False)
+        try:
+            page, _ = opened(browser, url, "en-US")
+            other.will_say(CALL)
+            page.locator("#prompt textarea").fill("Weather?")
+            page.locator("#send").click()
+            expect(page.locator("#left .token").nth(3)).to_be_attached()
+            expect(said(page, "right").get_by_text('{"city": "巴黎"}', exact=True)).to_be_visible()
+            expect(page.locator("#right-result")).to_have_count(0)
+            page.locator("#stop").click()
+            other.will_say("It is sunny.")
+            page.locator("#right-result textarea").fill("sunny")
+            page.locator("#right-send-result").click()
+            expect(said(page, "right").get_by_text("It is sunny.")).to_be_visible()
+            expect(page.locator("#left-result")).to_have_count(0)
         finally:
             gradio_page.close()
 
