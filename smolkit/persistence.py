@@ -32,6 +32,7 @@ from smolkit.errors import UserError
 from smolkit.files import sync, write_json
 from smolkit.manifest import discard, rotate, seal
 from smolkit.optimizer import MasterAdamW
+from smolkit.progress import Progress
 from smolkit.run_report import RUN_FILES
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class PersistenceMixin(Host):
     _router: dict[str, torch.Tensor]
     _router_batches: int
     _skipped: int
+    progress: Progress
 
     def begin_persistence(self) -> None:
         self._writing: Path | None = None  # where the library writes a checkpoint while it is not whole
@@ -133,6 +135,7 @@ class PersistenceMixin(Host):
         if not files:
             return
         windows = {int(file.stem.partition("_")[2]): json.loads(file.read_text()) for file in files}
+        self.progress.continued_tokens = sum(window["tokens"] for window in windows.values())
         rank, processes = self.args.process_index, self.args.world_size
         if len(windows) == processes:
             self.set_window_state(windows[rank])

@@ -57,7 +57,7 @@ class Progress(TrainerCallback):
         self.writes = False
         self.last_time = 0.0  # also without training: an evaluation alone asks for it
         self.peak: Peak | None = None
-        self.last_time = 0.0
+        self.continued_tokens = 0  # of the open window, trained on before a checkpoint that this run continues
 
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -109,7 +109,8 @@ class Progress(TrainerCallback):
             (timing if any(part in name for part in self._TIMING) else metrics)[name] = value
         if "loss" in logs:
             self.tokens = metrics["tokens"] = self.tokens + logs["tokens"]
-            speed = self._speed(now - self.last_time, logs["tokens"], state)
+            speed = self._speed(now - self.last_time, logs["tokens"] - self.continued_tokens, state)
+            self.continued_tokens = 0
             timing |= speed
             logs |= speed  # the reporters come later in the list of callbacks and send it, too
             self.last_time, self.last_step, self.flops = now, state.global_step, state.total_flos
