@@ -11,7 +11,7 @@ padding out. Runs under python, torchrun, accelerate launch and deepspeed. Runni
 an interrupted run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,16 @@ def losses(args: DpoTrainingArguments, rpo_alpha: float) -> str:
     return " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, args.loss_type, strict=True))
 
 
+def policy_of(stage: DpoArguments) -> tuple[str, str | None]:
+    """The whole model that --model_path leads to, and the adapter on it when the policy is one."""
+    base = adapter_base(stage.model_path)
+    if base and stage.use_lora:
+        raise UserError(f"--use_lora: {stage.model_path} is an adapter already and is trained on; leave --use_lora out")
+    if base or stage.use_lora:
+        refuse_spread_adapters(stage.expert_parallel_size)
+    return (base, stage.model_path) if base else (stage.model_path, None)
+
+
 def load_pairs(
     stage: DpoArguments, job: Job, tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> tuple[Dataset, int, Dataset | None]:
@@ -99,6 +109,13 @@ def build_models(
     return PeftModel.from_pretrained(policy, adapter, is_trainable=True) if adapter else policy, reference
 
 
+def reference_cache(stage: DpoArguments, job: Job, sources: list[str], max_length: int) -> Callable[[Dataset], Path]:
+    """Where the log-probabilities of a reference made of `sources` are kept for these rows and settings."""
+    directory = Path(stage.data_cache_dir or default_cache_dir())
+    settings = {"dtype": str(job.dtype), "max_length": max_length, "ld_alpha": job.args.ld_alpha, "qlora": stage.qlora}
+    return lambda rows: reference_file(directory, content_hash(sources, rows, **settings))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     stage, args = parse(STAGES["dpo"], argv, __doc__)
     if stage.dry_run:
@@ -108,12 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_quantised()
     prepare(args.seed, stage.threads)
     loss = losses(args, stage.rpo_alpha)
-    base = adapter_base(stage.model_path)  # the policy may be an adapter
-    start, adapter = base or stage.model_path, stage.model_path if base else None
-    if adapter and stage.use_lora:
-        raise UserError(f"--use_lora: {adapter} is an adapter already and is trained on; leave --use_lora out")
-    if lora := bool(adapter or stage.use_lora):
-        refuse_spread_adapters(stage.expert_parallel_size)
+    start, adapter = policy_of(stage)
+    lora = bool(adapter or stage.use_lora)
     config, tokenizer, tokenizer_path = resolve_model(
         start, None, stage.tokenizer_path, stage.tokenizer_type, chat=True
     )
@@ -147,9 +160,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     model, reference = build_models(stage, job, config, reference_config, start, adapter)
-    sources = [reference_path, *([adapter] if adapter else [])]
-    settings = {"dtype": str(job.dtype), "max_length": max_length, "ld_alpha": args.ld_alpha, "qlora": stage.qlora}
-    cache = Path(stage.data_cache_dir or default_cache_dir())
     trainer = PreferenceTrainer(
         model=model,
         ref_model=reference,
@@ -159,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         progress=progress,
         peft_config=peft_config,
-        keep_reference=lambda rows: reference_file(cache, content_hash(sources, rows, **settings)),
+        keep_reference=reference_cache(stage, job, [reference_path, *([adapter] if adapter else [])], max_length),
         packing=stage.packing,
     )
     trainer.add_callback(ReferenceCheck(trainer, torch.bfloat16 if args.bf16 else job.dtype))
