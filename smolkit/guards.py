@@ -1,4 +1,5 @@
 """What stops a training run before harm is done: signals, losses that are not finite, and a word about jumps.
+A heap that grows is cut back.
 
 Once per step, after the gradients are there and before they are used, all processes compare notes (one small
 reduction): has one of them been asked to stop, has one met a loss or gradient that is not finite? So all decide alike,
@@ -26,6 +27,7 @@ from smolkit.errors import STOPPED, Interrupted, UserError
 from smolkit.packing import SeededOrder
 from smolkit.persistence import PersistenceMixin
 from smolkit.runs import leave
+from smolkit.runtime import KeptMemory
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's warning (--signal=USR1@300)
 ECHO = 2.0  # seconds in which a second Ctrl-C is the launcher passing on the first
@@ -62,6 +64,7 @@ class Guard(TrainerCallback):
 
     def __init__(self, trainer: "GuardMixin"):
         self.trainer = trainer
+        self.memory = KeptMemory()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.begin_step()
@@ -69,6 +72,7 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.stopping and state.global_step < state.max_steps:
             control.should_save = True
+        self.memory.check()
 
 
 class GuardMixin(PersistenceMixin):

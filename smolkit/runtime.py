@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from transformers.utils import logging
 
@@ -54,6 +55,31 @@ def _keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)  # big blocks come from the heap, where they can be reused
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+class KeptMemory:
+    """Returns kept memory to the system whenever the process has grown by a quarter.
+
+    Small things that live on settle in the holes that large tensors leave; the next tensor of that size no longer fits,
+    and the heap grows at its end: SmolLM2-135M with a vocabulary of 151,936 went from 5.3 to 9.4 GiB in 580 steps, of
+    which 3.5 were in use. Holes stay, but their pages go back, and the next step fetches the ones that it needs.
+    """
+
+    GROWTH = 1.25
+
+    def __init__(self) -> None:
+        self._usual = 0  # bytes resident one step after the last return
+
+    def check(self) -> None:
+        """To be called once a step."""
+        resident = psutil.Process().memory_info().rss
+        if not self._usual:
+            self._usual = resident
+        elif resident > self.GROWTH * self._usual:
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries keep nothing for us
+            if trim is not None:
+                trim(0)
+            self._usual = 0
 
 
 def release_threads() -> None:
