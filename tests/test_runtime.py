@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# Each turn frees a large tensor (32 MiB), and a smaller one that lives on settles in the hole: the next large one, a page
-# longer, no longer fits.
+# Each turn frees a large tensor (32 MiB), and a smaller one that lives on settles in the hole: the next large one, a
+# page longer, no longer fits.
 TURNS = """
 import psutil, torch
 from smolkit.runtime import KeptMemory, prepare
