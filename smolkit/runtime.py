@@ -53,7 +53,7 @@ def _keep_freed_memory() -> None:
     if mallopt is None:
         return
     mallopt(_M_MMAP_MAX, 0)  # big blocks come from the heap, where they can be reused
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TRIM_THRESHOLD, -1)  # never
     mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
