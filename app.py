@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from smolkit.clients import Endpoint, connected, named_source, read_tools
 from smolkit.errors import UserError, run
@@ -33,6 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="key for the URLs; environment variable SMOLLM_API_KEY hides it from other users",
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: the GPU if there is one")
     parser.add_argument("--system", default="", help="system prompt to begin with")
     parser.add_argument("--tools", help="JSON file with a list of OpenAI tool objects to begin with")
     parser.add_argument("--temperature", type=float, default=0.0, help="temperature to begin with; 0 is greedy")
@@ -52,13 +54,13 @@ def sources(models: Sequence[str] | None) -> list[str]:
     return [str(newest_checkpoint())]
 
 
-def connect(stack: ExitStack, models: Sequence[str], api_key: str, dtype: str) -> list[Endpoint]:
-    """All models, open until the stack is closed; two of one name are refused."""
+def connect(stack: ExitStack, models: Sequence[str], **options: Any) -> list[Endpoint]:
+    """All models, open until the stack is closed; two of one name are refused. `options` are those of `connected`."""
     endpoints: dict[str, Endpoint] = {}
     for text in models:
         name, source = named_source(text)
         logger.info("opening %s", source)
-        endpoint = stack.enter_context(connected(source, name=name, api_key=api_key, dtype=dtype))
+        endpoint = stack.enter_context(connected(source, name=name, **options))
         if endpoint.name in endpoints:
             raise UserError(f"two models are named {endpoint.name!r}: write NAME={source}")
         endpoints[endpoint.name] = endpoint
@@ -76,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tools = json.dumps(read_tools(args.tools), ensure_ascii=False, indent=2) if args.tools else ""
     with ExitStack() as stack:
-        endpoints = connect(stack, sources(args.models), args.api_key, args.dtype)
+        loading = dict(dtype=args.dtype, device=args.device)
+        endpoints = connect(stack, sources(args.models), api_key=args.api_key, **loading)
         page = build_page(
             endpoints,
             tools=tools,

@@ -32,7 +32,7 @@ from smolkit.evaluation.endpoint import ServedModel
 from smolkit.evaluation.records import Record, read_records
 from smolkit.evaluation.results import Results, card_beside, check_limits, evaluation_table, update_card, write_rows
 from smolkit.evaluation.subjects import LocalModel, Subject, load_model
-from smolkit.runtime import compute_dtype, default_device, prepare
+from smolkit.runtime import chosen_device, compute_dtype, prepare
 
 NOT_SETTINGS = ("api_key", "output_dir", "compare", "compare_with", "fail_below", "fail_above")
 
@@ -76,7 +76,8 @@ def open_subject(args: argparse.Namespace) -> Subject:
     if args.endpoint:
         return open_endpoint(args)
     tokenizer = load_tokenizer(args.tokenizer_path or args.model_path)
-    place = (compute_dtype(args.dtype), args.device or default_device())
+    device = chosen_device(args.device)
+    place = (compute_dtype(args.dtype, device), device)
     model = load_model(args.model_path, tokenizer, args.implementation, args.adapter, *place)
     return LocalModel(model, tokenizer, args.batch_size)
 
@@ -113,7 +114,8 @@ def run_harness(args: argparse.Namespace) -> Results:
         backend = harness.backend_of_endpoint(open_endpoint(args), args.tokenizer_path, args.chat)
         return harness.harness_results(wanted, *backend, batch_size=1)
     tokenizer_path = args.tokenizer_path or args.model_path
-    place = (str(compute_dtype(args.dtype)).removeprefix("torch."), str(args.device or default_device()))
+    device = chosen_device(args.device)
+    place = (str(compute_dtype(args.dtype, device)).removeprefix("torch."), str(device))
     backend = harness.backend_of_checkpoint(args.model_path, tokenizer_path, args.adapter, *place)
     return harness.harness_results(wanted, *backend, batch_size=args.batch_size)
 

@@ -51,6 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where hardware has it",
     )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: the GPU if there is one")
     parser.add_argument("--max_model_len", type=int, help="longest prompt plus answer; default: the model's context")
     parser.add_argument("--max_num_seqs", type=int, default=16, help="requests decoded together")
     parser.add_argument(
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer,
         model_name=model_name,
         dtype=args.dtype,
+        device=args.device,
         adapter=adapter,
         loras=loras,
         quantization=args.quantization,

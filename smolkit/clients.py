@@ -66,6 +66,7 @@ def connected(
     api_key: str = "none",
     adapter: str | None = None,
     dtype: str = "auto",
+    device: str | None = None,
 ) -> Iterator[Endpoint]:
     """A model to talk to, until the context ends.
 
@@ -92,7 +93,7 @@ def connected(
     prepare(seed=None)
     directory, adapter_path = split_adapter(_downloaded(source), adapter)
     tokenizer, key = load_tokenizer(directory), secrets.token_urlsafe()
-    engine = load_engine(directory, tokenizer, model_name="local", dtype=dtype, adapter=adapter_path)
+    engine = load_engine(directory, tokenizer, model_name="local", dtype=dtype, device=device, adapter=adapter_path)
     app = create_app(engine, tokenizer, "local", key, stop_ids=stop_ids_of(directory, tokenizer))
     try:
         with serving(app) as url:

@@ -12,6 +12,8 @@ import psutil
 import torch
 from transformers.utils import logging
 
+from smolkit.errors import UserError
+
 # glibc's mallopt parameters (malloc.h)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -102,23 +104,36 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def supports_bf16() -> bool:
-    """Whether bf16 matrix products run in hardware here (GPU from Ampere on; CPU with AVX512_BF16 or AMX)."""
-    if torch.cuda.is_available():
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name, the default one for None; `UserError` when torch cannot use it."""
+    if name is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: a build without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}; leave it out to take {default_device()}") from None
+
+
+def supports_bf16(device: torch.device | None = None) -> bool:
+    """Whether bf16 products run in hardware on a device, or the default one (GPU from Ampere on; CPU with AVX512_BF16
+    or AMX)."""
+    kind = (device or default_device()).type
+    if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if has_accelerator():
+    if kind != "cpu":
         return True
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def compute_dtype(name: str) -> torch.dtype:
-    """`auto | bf16 | fp16 | fp32` → dtype; `auto` is bf16 where the hardware has it, else fp32.
+def compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
+    """`auto | bf16 | fp16 | fp32` → dtype; `auto` is bf16 where the device (None: the default) has it, else fp32.
 
     Raises ValueError naming the choices for anything else.
     """
     if name == "auto":
-        return torch.bfloat16 if supports_bf16() else torch.float32
+        return torch.bfloat16 if supports_bf16(device) else torch.float32
     if name not in _DTYPES:
         raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -31,7 +31,7 @@ from smolkit.errors import UserError
 from smolkit.http_guard import Limits, log_access_to
 from smolkit.openai_api import TEMPLATE_KWARGS
 from smolkit.quantize import cached, is_quantized, load_quantized
-from smolkit.runtime import compute_dtype, default_device
+from smolkit.runtime import chosen_device, compute_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +195,7 @@ def load_engine(
     *,
     model_name: str,
     dtype: str = "auto",
+    device: str | None = None,
     adapter: Path | None = None,
     loras: Mapping[str, Path] | None = None,
     quantization: str | None = None,
@@ -206,19 +207,20 @@ def load_engine(
     """Load a checkpoint (and merge an adapter into it) and start an engine over it.
 
     `loras`: adapters served beside the model, by name. `quantization`: int8 or int4, made now if the directory is not
-    quantised itself. `kv_cache_gib`: memory for keys and values, by default see `default_budget`. `options` are those
-    of `TorchEngine`.
+    quantised itself. `device`: as torch names it, the accelerator by default. `kv_cache_gib`: memory for keys and
+    values, by default see `default_budget`. `options` are those of `TorchEngine`.
     """
     if adapter is not None and (quantization or is_quantized(directory)):
         raise UserError("--adapter is merged into the weights and cannot be merged into quantised ones; use --lora")
     if quantization is not None:
         directory = cached(directory, quantization)
-    device = default_device()
+    place = chosen_device(device)
+    weights = compute_dtype(dtype, place)
     try:
         if is_quantized(directory):
-            model = load_quantized(directory, compute_dtype(dtype), None if device.type == "cpu" else False)
+            model = load_quantized(directory, weights, None if place.type == "cpu" else False)
         else:
-            model = SmolForCausalLM.from_pretrained(directory, dtype=compute_dtype(dtype), local_files_only=True)
+            model = SmolForCausalLM.from_pretrained(directory, dtype=weights, local_files_only=True)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -231,12 +233,12 @@ def load_engine(
         raise UserError(f"{directory}: the model has {rows} vocabulary rows, the tokenizer {len(tokenizer)} entries")
     if max_model_len is not None and not 1 < max_model_len <= context:
         raise UserError(f"--max_model_len {max_model_len}: must be from 2 to the model's context of {context} tokens")
-    budget = default_budget(model, max_num_seqs, max_model_len or context, device)
+    budget = default_budget(model, max_num_seqs, max_model_len or context, place)
     if kv_cache_gib is not None:
         budget = int(kv_cache_gib * 2**30)
     try:
         return TorchEngine(
-            model.to(device),  # type: ignore[arg-type]  # transformers hides its signature
+            model.to(place),  # type: ignore[arg-type]  # transformers hides its signature
             model_name=model_name,
             adapters=pairs,
             max_model_len=max_model_len,

@@ -30,7 +30,7 @@ def _add_subject(group: argparse._ArgumentGroup) -> None:
     add("--implementation", choices=implementations, default="smol", help=help_text)
     dtypes = ["fp32", "bf16", "fp16", "auto"]
     add("--dtype", choices=dtypes, default="fp32", help="default: fp32, which equals other implementations")
-    add("--device", help="cpu, cuda, mps (default: the GPU if there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps, …; default: the GPU if there is one")
     add("--endpoint", help="an OpenAI-compatible server instead, such as http://127.0.0.1:8000/v1")
     key = os.environ.get("SMOLLM_API_KEY", "none")
     add("--api_key", default=key, help="key for --endpoint (environment variable SMOLLM_API_KEY)")

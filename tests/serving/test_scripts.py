@@ -168,7 +168,7 @@ def test_chat_once_with_a_checkpoint(
 
     ids = render(tokenizer, [{"role": "user", "content": "Hello!"}], add_generation_prompt=True).input_ids
     expected = tokenizer.decode(greedy(ids, 12), skip_special_tokens=True)
-    flags = ["--dtype", "fp32", "--prompt", "Hello!", "--max_length", "12"]
+    flags = ["--dtype", "fp32", "--device", "cpu", "--prompt", "Hello!", "--max_length", "12"]
     chat.main(["--model_path", str(checkpoint), *flags])
     assert capsys.readouterr().out == expected + "\n"
 
@@ -193,6 +193,7 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "bare" / "config.json").write_text((checkpoint / "config.json").read_text())
     assert "tokenizer_config.json is missing" in refused("--model_path", tmp_path / "bare")
     assert "512" in refused("--model_path", checkpoint, "--max_model_len", 5000)
+    assert "--device gpu: " in refused("--model_path", checkpoint, "--device", "gpu")
     assert "not a PEFT adapter" in refused("--model_path", checkpoint, "--adapter", tmp_path / "empty")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
