@@ -99,7 +99,6 @@ class PersistenceMixin(Host):
         """What this process has summed up since the last log, in JSON's types; floats survive exactly."""
         state = {
             "loss": float(self._tr_loss),
-            "total_loss": float(self._total_loss_scalar),
             "last_logged": self._globalstep_last_logged,
             "tokens": self._tokens,
             "router": {name: float(value) for name, value in self._router.items()},
@@ -114,7 +113,6 @@ class PersistenceMixin(Host):
     def set_window_state(self, state: dict[str, Any]) -> None:
         """The opposite of `window_state`."""
         self._tr_loss.fill_(state["loss"])
-        self._total_loss_scalar = state["total_loss"]
         self._globalstep_last_logged = state["last_logged"]
         self._tokens, self._router_batches, self._skipped = state["tokens"], state["router_batches"], state["skipped"]
         device = self.args.device
@@ -146,6 +144,7 @@ class PersistenceMixin(Host):
             shared["router_batches"] = sum(window["router_batches"] for window in every)
             shared["router"] = {name: sum(w["router"].get(name, 0.0) for w in every) for name in windows[0]["router"]}
             self.set_window_state(shared)
+        self._total_loss_scalar = -float(self._tr_loss)  # the library's `train_loss` is a mean over the steps from here
         if self.state.is_world_process_zero:
             for name, size in windows[0].get("logs", {}).items():
                 log = Path(self.args.output_dir) / name

@@ -116,6 +116,9 @@ def test_an_interrupted_run_leaves_the_same_rows_and_samples(world, whole, tmp_p
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (broken / name).read_text() == (whole / name).read_text()
     assert [row["step"] for row in rows(broken / "timing.jsonl") if "mfu" in row] == [3, 6, 8]
+    losses = [row["loss"] for row in rows(broken / "metrics.jsonl") if "loss" in row]
+    (mean,) = [row["train_loss"] for row in rows(broken / "timing.jsonl") if "train_loss" in row]
+    assert 0.95 * min(losses) < mean < 1.05 * max(losses), "a mean over the steps of the last process"
     assert_speeds_count_the_same_steps(broken)  # also of steps 5 and 6, while the row at 6 has the tokens of 4
 
 
