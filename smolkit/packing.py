@@ -438,6 +438,10 @@ def blank_row(pad_token_id: int) -> dict[str, np.ndarray]:
 class PackedCollator:
     """Rows → `input_ids`, `labels`, `position_ids`, int64 (B, T), padded on the right to the longest row.
 
+    From 256 tokens on to a multiple of 32: with another length every few steps, new tensors do not fit into the memory
+    of old ones, the heap grows and its lists get long (SmolLM2-135M, 2 x 512, one step in 20 shorter: 6.8 instead of
+    4.4 % of the main thread's time is spent in malloc), and compiled kernels meet new shapes.
+
     Padding has label IGNORE and positions of its own document, so it changes no real token. `tokens` (1) counts what is
     not padding; it is taken out before the batch goes into a model. With `mask_padding` an
     `attention_mask` (B, T) is added when there is padding, for a router that must not count it. Only for
@@ -449,7 +453,8 @@ class PackedCollator:
 
     def __call__(self, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
-        shape = (len(rows), max(lengths))
+        longest = max(lengths)
+        shape = (len(rows), longest if longest < 256 else -(-longest // 32) * 32)
         batch = {
             "input_ids": np.full(shape, self.pad_token_id, np.int64),
             "labels": np.full(shape, IGNORE, np.int64),

@@ -207,6 +207,18 @@ def test_collator_pads_with_unlabelled_tokens() -> None:
     assert count_tokens(pack_rows(many, 3, seed=0)) == (3003, 2002)
 
 
+@pytest.mark.parametrize(("longest", "width"), [(255, 255), (256, 256), (257, 288), (511, 512)])
+def test_long_rows_have_few_different_lengths(longest: int, width: int) -> None:
+    rows = [
+        {"input_ids": list(range(n)), "labels": list(range(n)), "position_ids": list(range(n))} for n in (longest, 9)
+    ]
+    batch = PackedCollator(pad_token_id=7)(rows)
+    assert batch["input_ids"].shape == (2, width) and batch["tokens"].tolist() == [longest + 9]
+    assert batch["input_ids"][0].tolist() == [*range(longest), *[7] * (width - longest)]
+    assert batch["position_ids"][1].tolist() == [*range(9), *range(width - 9)]
+    assert (batch["labels"][0, longest:] == IGNORE).all()
+
+
 def test_a_blank_row_is_one_token_that_counts_for_nothing() -> None:
     row = {"input_ids": [1, 2], "labels": [IGNORE, 2], "position_ids": [0, 1]}
     batch = PackedCollator(pad_token_id=9)([blank_row(9), row])
