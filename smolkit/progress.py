@@ -149,7 +149,7 @@ class Progress(TrainerCallback):
             "tokens_per_second": round(tokens / seconds, 1),
             "mfu": round(flops / seconds / (self.peak.flops * self.processes), 4),
             "memory_bytes": memory_used(self.device),
-            "eta_seconds": round(seconds / max(steps, 1) * (state.max_steps - state.global_step), 1),
+            "eta_seconds": round(seconds / max(steps, 1) * (state.max_steps - state.global_step), 3),
         }
 
     def _sample(self, model: Any, state: Any) -> None:
