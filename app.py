@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from smolkit.clients import Endpoint, connected, named_source, read_tools
+from smolkit.clients import Endpoint, add_loading_arguments, connected, named_source, read_tools
 from smolkit.errors import UserError, run
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=os.environ.get("SMOLLM_API_KEY", "none"),
         help="key for the URLs; environment variable SMOLLM_API_KEY hides it from other users",
     )
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: the GPU if there is one")
+    add_loading_arguments(parser)
     parser.add_argument("--system", default="", help="system prompt to begin with")
     parser.add_argument("--tools", help="JSON file with a list of OpenAI tool objects to begin with")
     parser.add_argument("--temperature", type=float, default=0.0, help="temperature to begin with; 0 is greedy")
@@ -78,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tools = json.dumps(read_tools(args.tools), ensure_ascii=False, indent=2) if args.tools else ""
     with ExitStack() as stack:
-        loading = dict(dtype=args.dtype, device=args.device)
-        endpoints = connect(stack, sources(args.models), api_key=args.api_key, **loading)
+        where = dict(api_key=args.api_key, dtype=args.dtype, device=args.device)
+        endpoints = connect(stack, sources(args.models), **where)
         page = build_page(
             endpoints,
             tools=tools,

@@ -21,7 +21,16 @@ from typing import Any
 
 import openai
 
-from smolkit.clients import Endpoint, Message, Reply, connected, read_tools, stream_chat, stream_text
+from smolkit.clients import (
+    Endpoint,
+    Message,
+    Reply,
+    add_loading_arguments,
+    connected,
+    read_tools,
+    stream_chat,
+    stream_text,
+)
 from smolkit.errors import UserError, run
 from smolkit.files import atomic_writer
 
@@ -51,8 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="model name for --base_url; default: the server's first")
     parser.add_argument("--adapter", help="PEFT adapter directory for --model_path")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: the GPU if there is one")
+    add_loading_arguments(parser)
     parser.add_argument("--prompt", help="ask once, print the answer, leave")
     parser.add_argument("--completion", action="store_true", help="continue texts instead of answering; no history")
     parser.add_argument("--system", help="system prompt")
@@ -215,9 +223,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from smolkit.serving import newest_checkpoint  # PyTorch, which talking to a server does not need
 
         source = str(newest_checkpoint())
-    loading = dict(adapter=args.adapter, dtype=args.dtype, device=args.device)
+    where = dict(model=args.model, api_key=args.api_key, adapter=args.adapter, dtype=args.dtype, device=args.device)
     try:
-        with connected(source, model=args.model, api_key=args.api_key, **loading) as endpoint:
+        with connected(source, **where) as endpoint:
             chat = Chat(endpoint, args)
             if args.prompt is None:
                 converse(chat)

@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         print(export_native(source, output, args.dtype or "bf16", args.adapter))
     elif args.format == "compressed-tensors":
         print(export_compressed(source, output, args.bits or 8, args.adapter))
-    if args.adapter and Path(base := named_base(args.adapter)).resolve() != source.resolve():
+    base = named_base(args.adapter) if args.adapter else None
+    if base is not None and Path(base).resolve() != source.resolve():
         print(f"note: {args.adapter} was trained on {base}, and was added to {source}", file=sys.stderr)
     if args.push_to_hub:
         # Of the folder of a GGUF file only what was written: it may hold anything else.

@@ -51,15 +51,15 @@ def adapter_base(directory: str | Path) -> str | None:
     if (directory / "config.json").is_file() or not (directory / "adapter_config.json").is_file():
         return None
     base = named_base(directory)
-    if not (Path(base) / "config.json").is_file():
+    if base is None or not (Path(base) / "config.json").is_file():
         raise UserError(f"{directory} adapts {base}, which is not there; put it there or merge the adapter first")
     return base
 
 
-def named_base(adapter: str | Path) -> str:
-    """The model that an adapter was trained on, as PEFT noted it."""
+def named_base(adapter: str | Path) -> str | None:
+    """The model that an adapter was trained on, as PEFT noted it; None where it noted none."""
     settings = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-    return str(settings["base_model_name_or_path"])
+    return settings["base_model_name_or_path"]
 
 
 def serving_pairs(model_config: SmolConfig, directory: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -4,6 +4,7 @@
 where asked for each token with its probability and the most probable alternatives.
 """
 
+import argparse
 import json
 import math
 import re
@@ -55,6 +56,12 @@ class Reply:
         """The reply as a message of the conversation."""
         message: Message = {"role": "assistant", "content": self.content}
         return {**message, "tool_calls": self.tool_calls} if self.tool_calls else message
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a checkpoint is loaded here: flags for `dtype` and `device` of `connected`."""
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, …; default: the GPU if there is one")
 
 
 @contextmanager

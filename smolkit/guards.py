@@ -1,5 +1,5 @@
-"""What stops a training run before harm is done: signals, losses that are not finite, and a word about jumps.
-A heap that grows is cut back.
+"""What stops a training run before harm is done: signals, losses that are not finite, memory that grows, and a
+word about jumps.
 
 Once per step, after the gradients are there and before they are used, all processes compare notes (one small
 reduction): has one of them been asked to stop, has one met a loss or gradient that is not finite? So all decide alike,

@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -42,6 +43,11 @@ def prepare(seed: int | None, threads: int | None = None) -> None:
         set_seed(seed)
 
 
+def _glibc(name: str) -> Any:
+    """A function of glibc's own, None where the C library is another."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
 def _keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of returning them to the system.
 
@@ -49,9 +55,7 @@ def _keep_freed_memory() -> None:
     for page faults and zeroing, which costs 20-50 % of a small CPU step. Other C libraries have no `mallopt`:
     skip.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _glibc("mallopt")
     if mallopt is None:
         return
     mallopt(_M_MMAP_MAX, 0)  # big blocks come from the heap, where they can be reused
@@ -78,8 +82,7 @@ class KeptMemory:
         if not self._usual:
             self._usual = resident
         elif resident > self.GROWTH * self._usual:
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries keep nothing for us
-            if trim is not None:
+            if trim := _glibc("malloc_trim"):  # where it is missing nothing was kept
                 trim(0)
             self._usual = 0
 
