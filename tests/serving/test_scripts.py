@@ -173,10 +173,14 @@ def test_chat_once_with_a_checkpoint(
     assert capsys.readouterr().out == expected + "\n"
 
 
-def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bad_checkpoints(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One clear line each. In this process: importing PyTorch for every line would take minutes."""
     import serve_hf
     from smolkit.errors import run
+
+    monkeypatch.setattr(serve_hf.logging, "basicConfig", lambda **_: None)  # it would stay for the tests that follow
 
     def refused(*arguments: object) -> str:
         with pytest.raises(SystemExit) as leaving:
