@@ -180,7 +180,8 @@ def test_bad_checkpoints(
     import serve_hf
     from smolkit.errors import run
 
-    monkeypatch.setattr(serve_hf.logging, "basicConfig", lambda **_: None)  # it would stay for the tests that follow
+    for setting in ("logging.basicConfig", "smolkit.serving.log_access_to"):  # would stay for the tests that follow
+        monkeypatch.setattr(setting, lambda *_, **options: None)
 
     def refused(*arguments: object) -> str:
         with pytest.raises(SystemExit) as leaving:
