@@ -365,6 +365,72 @@ def flops_per_token(config: SmolConfig, sequence_length: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------
+# Linear layers
+# --------------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def on_two_amx_cores() -> bool:
+    """Whether bf16 matrices are multiplied in AMX tiles, by two threads."""
+    return torch.get_num_threads() == 2 and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def row_block(M: int, K: int, N: int) -> int:
+    """How many of its M rows a bf16 product (M, K) @ (K, N) should take at a time on a CPU, M for all at once.
+
+    On two AMX cores oneDNN 3.12 plans some shapes for one: 1,024 x 1,536 @ 1,536 x 576 runs at 1.3 TFLOP/s, its two
+    halves at 2.2, as most other shapes do. Measured for 512 to 1,152 rows; 2 to 4 % of a step of SmolLM2-135M, 2 x 512.
+    """
+    if not on_two_amx_cores():
+        return M
+    if K > 4096:  # the gradient of hidden states from logits
+        return min(256, M) if 384 <= N <= 768 else M
+    planned_for_one = M // 2 < N <= M <= 1024 and K >= 512 and N * K < 1.5 * 2**20
+    return M // 2 if planned_for_one else M
+
+
+def product_by_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) @ b (K, N), of which oneDNN would compute all rows on one core, see `row_block`."""
+    M, N = len(a), b.shape[1]
+    parts = a.split(row_block(M, a.shape[1], N))
+    if torch.compiler.is_compiling():  # which writes the parts where the whole needs them
+        return torch.cat([part @ b for part in parts])
+    whole = a.new_empty(M, N)
+    for part, place in zip(parts, whole.split(len(parts[0])), strict=True):
+        torch.mm(part, b, out=place)
+    return whole
+
+
+class LinearByRows(torch.autograd.Function):
+    """x (..., I) times weight (O, I), forward and backward by `product_by_rows`: (..., O)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product_by_rows(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, weight), (need_x, need_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        grad = grad.flatten(0, -2)
+        grad_x = product_by_rows(grad, weight).view_as(x) if need_x else None
+        return grad_x, grad.t() @ x.flatten(0, -2) if need_weight else None
+
+
+class SmolLinear(nn.Linear):
+    """nn.Linear with its products cut into the rows that both of two cores compute, where oneDNN does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, inputs = self.weight.shape
+        rows = x.shape[:-1].numel()
+        plain = self.bias is not None or x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.bfloat16
+        if plain or rows == row_block(rows, inputs, outputs) == row_block(rows, outputs, inputs):
+            return super().forward(x)
+        return LinearByRows.apply(x, self.weight)
+
+
+# --------------------------------------------------------------------------------------------------------------
 # RMSNorm and rotary positions
 # --------------------------------------------------------------------------------------------------------------
 
@@ -381,20 +447,20 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
+        x32 = x.to(torch.float32, copy=True)
         scale = inverse_rms(x32, eps)
         ctx.save_for_backward(x, scale, weight)
-        normed = x32 * scale * weight
+        normed = x32.mul_(scale) * weight
         return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors
-        normed, grad = x.float() * scale, grad.float()
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        along = (grad * normed).sum(-1, keepdim=True).div_(-x.shape[-1])  # (..., 1)
-        return torch.addcmul(grad, normed, along).mul_(scale).to(x.dtype), grad_weight, None
+        normed, grad = x.to(torch.float32, copy=True).mul_(scale), grad.to(torch.float32, copy=True)
+        both = grad * normed
+        grad_weight = both.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        along = (both @ weight.float()).div_(-x.shape[-1])[..., None]  # (..., 1)
+        return grad.mul_(weight).addcmul_(normed, along).mul_(scale).to(x.dtype), grad_weight, None
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -656,10 +722,10 @@ class Attention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         D, query, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, query * self.head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, kv * self.head_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, kv * self.head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query * self.head_dim, D, bias=False)
+        self.q_proj = SmolLinear(D, query * self.head_dim, bias=config.attention_bias)
+        self.k_proj = SmolLinear(D, kv * self.head_dim, bias=config.attention_bias)
+        self.v_proj = SmolLinear(D, kv * self.head_dim, bias=config.attention_bias)
+        self.o_proj = SmolLinear(query * self.head_dim, D, bias=False)
         self.q_norm = SmolRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = SmolRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -711,9 +777,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: SmolConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = SmolLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = SmolLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = SmolLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
@@ -1243,7 +1309,7 @@ def loss_of_trained_tokens(
         logits[real:] = 0.0
         trained -= real
         if grad_hidden is not None:
-            grad_hidden.index_copy_(0, picked, logits @ weight)
+            grad_hidden.index_copy_(0, picked, product_by_rows(logits, weight))
         if with_weight:
             product = logits.t() @ part
             grad_weight = product if grad_weight is None else grad_weight.float().add_(product)

@@ -16,6 +16,7 @@ from smol_model import (
     Rotate,
     SmolConfig,
     SmolForCausalLM,
+    SmolLinear,
     count_parameters,
     flops_per_token,
     preset_config,
@@ -139,6 +140,44 @@ def test_options_choose_the_native_architecture(options, native):
 
 
 # Pieces written by hand, against the plain expression and numerical gradients
+
+
+def test_products_are_cut_where_oneDNN_leaves_a_core_idle(monkeypatch):
+    monkeypatch.setattr(smol_model, "on_two_amx_cores", lambda: False)
+    assert smol_model.row_block(1024, 1536, 576) == 1024
+    monkeypatch.setattr(smol_model, "on_two_amx_cores", lambda: True)
+    assert smol_model.row_block(1024, 1536, 576) == 512
+    assert smol_model.row_block(1024, 576, 1536) == 1024  # both cores work on more columns than rows
+    assert smol_model.row_block(64, 1536, 576) == 64
+    assert smol_model.row_block(1024, 49152, 576) == 256 and smol_model.row_block(96, 49152, 576) == 96
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_linear_layer_by_rows_is_the_linear_layer(monkeypatch, compiling):
+    """13 rows in blocks of 5: the last one is shorter."""
+    blocks = []
+    monkeypatch.setattr(smol_model, "row_block", lambda M, K, N: blocks.append((M, K, N)) or 5)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    layer = SmolLinear(24, 16, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(13, 1, 24).bfloat16().requires_grad_()
+    outer = torch.randn(13, 1, 16).bfloat16()
+    ours = torch.autograd.grad(layer(x), (x, layer.weight), outer)
+    assert {(13, 24, 16), (13, 16, 24)} == set(blocks)
+    theirs = torch.autograd.grad(F.linear(x, layer.weight), (x, layer.weight), outer)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_model_whose_products_are_cut_has_the_same_loss_and_gradients(monkeypatch):
+    torch.manual_seed(0)
+    model, ids = SmolForCausalLM(SmolConfig(**SMALL)).bfloat16().train(), torch.randint(0, SMALL["vocab_size"], (2, 32))
+    found = []
+    for block in (64, 32, 20):
+        monkeypatch.setattr(smol_model, "row_block", lambda M, K, N, block=block: min(block, M))
+        loss = model(input_ids=ids, labels=ids).loss
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for cut in found[1:]:
+        torch.testing.assert_close(cut, found[0], atol=2e-3, rtol=2e-2)
 
 
 def test_rms_norm_against_the_plain_expression():
