@@ -390,13 +390,16 @@ def row_block(M: int, K: int, N: int) -> int:
 
 
 def product_by_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) @ b (K, N), of which oneDNN would compute all rows on one core, see `row_block`."""
+    """a (M, K) @ b (K, N), in parts where oneDNN would compute the whole on one core, see `row_block`."""
     M, N = len(a), b.shape[1]
-    parts = a.split(row_block(M, a.shape[1], N))
+    block = row_block(M, a.shape[1], N) if a.device.type == "cpu" and a.dtype == torch.bfloat16 else M
+    if block == M:
+        return a @ b
+    parts = a.split(block)
     if torch.compiler.is_compiling():  # which writes the parts where the whole needs them
         return torch.cat([part @ b for part in parts])
     whole = a.new_empty(M, N)
-    for part, place in zip(parts, whole.split(len(parts[0])), strict=True):
+    for part, place in zip(parts, whole.split(block), strict=True):
         torch.mm(part, b, out=place)
     return whole
 

@@ -59,7 +59,12 @@ class Projection:
         self.adapters: dict[str, Pair] = {}
         self.int8: Int8Product | None = None
         quantised = [layer for layer in layers if type(layer) is Int8Linear]
-        plain = [layer for layer in layers if type(layer) is SmolLinear or type(layer) is LMHead]
+        # nn.Linear itself: the head of a model whose vocabulary was resized.
+        plain = [
+            layer
+            for layer in layers
+            if type(layer) is nn.Linear or type(layer) is SmolLinear or type(layer) is LMHead
+        ]
         if len(quantised) == len(layers):
             self.sizes, self.int8 = [len(layer.weight) for layer in quantised], Int8Product(quantised)
             return
