@@ -375,13 +375,13 @@ def on_two_amx_cores() -> bool:
     return torch.get_num_threads() == 2 and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def row_block(M: int, K: int, N: int) -> int:
-    """How many of its M rows a bf16 product (M, K) @ (K, N) should take at a time on a CPU, M for all at once.
+def row_block(like: Tensor, M: int, K: int, N: int) -> int:
+    """How many of its M rows a product (M, K) @ (K, N) of tensors `like` this should take at a time, M for all at once.
 
     On two AMX cores oneDNN 3.12 plans some shapes for one: 1,024 x 1,536 @ 1,536 x 576 runs at 1.3 TFLOP/s, its two
-    halves at 2.2, as most other shapes do. Measured for 512 to 1,152 rows; 2 to 4 % of a step of SmolLM2-135M, 2 x 512.
+    halves at 2.1, as most other shapes do. Measured for 512 to 1,152 rows; 2 to 4 % of a step of SmolLM2-135M, 2 x 512.
     """
-    if not on_two_amx_cores():
+    if like.device.type != "cpu" or like.dtype != torch.bfloat16 or not on_two_amx_cores():
         return M
     if K > 4096:  # the gradient of hidden states from logits
         return min(256, M) if 384 <= N <= 768 else M
@@ -391,8 +391,8 @@ def row_block(M: int, K: int, N: int) -> int:
 
 def product_by_rows(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) @ b (K, N), in parts where oneDNN would compute the whole on one core, see `row_block`."""
-    M, N = len(a), b.shape[1]
-    block = row_block(M, a.shape[1], N) if a.device.type == "cpu" and a.dtype == torch.bfloat16 else M
+    (M, K), N = a.shape, b.shape[1]
+    block = row_block(a, M, K, N)
     if block == M:
         return a @ b
     parts = a.split(block)
@@ -427,8 +427,8 @@ class SmolLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         outputs, inputs = self.weight.shape
         rows = x.shape[:-1].numel()
-        plain = self.bias is not None or x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.bfloat16
-        if plain or rows == row_block(rows, inputs, outputs) == row_block(rows, outputs, inputs):
+        whole = rows == row_block(x, rows, inputs, outputs) == row_block(x, rows, outputs, inputs)
+        if whole or self.bias is not None or x.dtype != self.weight.dtype:
             return super().forward(x)
         return LinearByRows.apply(x, self.weight)
 

@@ -20,6 +20,7 @@ from smol_model import (
     count_parameters,
     flops_per_token,
     preset_config,
+    row_block,
 )
 
 SMALL = {
@@ -143,20 +144,23 @@ def test_options_choose_the_native_architecture(options, native):
 
 
 def test_products_are_cut_where_oneDNN_leaves_a_core_idle(monkeypatch):
+    narrow = torch.empty(0, dtype=torch.bfloat16)
     monkeypatch.setattr(smol_model, "on_two_amx_cores", lambda: False)
-    assert smol_model.row_block(1024, 1536, 576) == 1024
+    assert row_block(narrow, 1024, 1536, 576) == 1024
     monkeypatch.setattr(smol_model, "on_two_amx_cores", lambda: True)
-    assert smol_model.row_block(1024, 1536, 576) == 512
-    assert smol_model.row_block(1024, 576, 1536) == 1024  # both cores work on more columns than rows
-    assert smol_model.row_block(64, 1536, 576) == 64
-    assert smol_model.row_block(1024, 49152, 576) == 256 and smol_model.row_block(96, 49152, 576) == 96
+    assert row_block(narrow, 1024, 1536, 576) == 512
+    assert row_block(narrow, 1024, 576, 1536) == 1024  # both cores work on more columns than rows
+    assert row_block(narrow, 64, 1536, 576) == 64
+    assert row_block(narrow, 1024, 49152, 576) == 256 and row_block(narrow, 96, 49152, 576) == 96
+    assert row_block(torch.empty(0), 1024, 1536, 576) == 1024  # float32
+    assert row_block(narrow.to("meta"), 1024, 1536, 576) == 1024  # no CPU
 
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_a_linear_layer_by_rows_is_the_linear_layer(monkeypatch, compiling):
     """13 rows in blocks of 5: the last one is shorter."""
     blocks = []
-    monkeypatch.setattr(smol_model, "row_block", lambda M, K, N: blocks.append((M, K, N)) or 5)
+    monkeypatch.setattr(smol_model, "row_block", lambda like, M, K, N: blocks.append((M, K, N)) or 5)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     layer = SmolLinear(24, 16, bias=False, dtype=torch.bfloat16)
     x = torch.randn(13, 1, 24).bfloat16().requires_grad_()
@@ -173,7 +177,7 @@ def test_a_model_whose_products_are_cut_has_the_same_loss_and_gradients(monkeypa
     model, ids = SmolForCausalLM(SmolConfig(**SMALL)).bfloat16().train(), torch.randint(0, SMALL["vocab_size"], (2, 32))
     found = []
     for block in (64, 32, 20):
-        monkeypatch.setattr(smol_model, "row_block", lambda M, K, N, block=block: min(block, M))
+        monkeypatch.setattr(smol_model, "row_block", lambda like, M, K, N, block=block: min(block, M))
         loss = model(input_ids=ids, labels=ids).loss
         found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for cut in found[1:]:
