@@ -66,7 +66,7 @@ stage pretrain python train_pretrain.py --data_path "$DATA/pretrain/pretrain_dat
 stage sft "${SFT[@]}" --base_model "$OUT/pretrain" --output_dir "$OUT/sft"
 [ "$MODEL" != tiny ] || finish
 beside lora python train_lora.py --data_path "$DATA/lora/lora_data.jsonl" --base_model "$OUT/sft" --lora_r 8 \
-  --max_length 512 --per_device_train_batch_size 1 --num_epochs 3 --learning_rate 5e-3 \
+  --max_length 512 --per_device_train_batch_size 1 --num_epochs 6 --learning_rate 5e-3 \
   --output_dir "$OUT/lora" --merge --merged_dir "$OUT/lora-merged"
 stage dpo python train_dpo.py --data_path "$DATA/dpo/dpo_data.jsonl" --model_path "$OUT/sft" --beta "$DPO_BETA" \
   --per_device_train_batch_size 8 --max_steps "$DPO_STEPS" --learning_rate "$DPO_RATE" --rpo_alpha 1.0 --adam_epsilon 1e-5 \
