@@ -475,7 +475,7 @@ CASES = {
         RECIPE,
         trained("out/quickstart/lora", "out/quickstart/dpo"),
         part=(5, 7),
-        instead={"--num_epochs 3": "--max_steps 4", "--max_steps 90": "--max_steps 3"},
+        instead={"--num_epochs 6": "--max_steps 4", "--max_steps 90": "--max_steps 3"},
         after=("recipe: fine-tuning",),
     ),
     "recipe: exams": Case(
