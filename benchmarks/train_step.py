@@ -43,7 +43,7 @@ from smol_model import SmolConfig, flops_per_token
 from smolkit.checkpoints import build_model
 from smolkit.errors import UserError, run
 from smolkit.optimizer import MasterAdamW
-from smolkit.runtime import prepare
+from smolkit.runtime import KeptMemory, prepare
 
 LEARNING_RATE, MAX_NORM, SEED = 1e-4, 1.0, 0
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
@@ -130,7 +130,8 @@ def measure(
 ) -> dict[str, Any]:
     """One side's run, in a process of its own: times, losses and memory of `warmup` + `steps` training steps."""
     chosen, where = Side(side), torch.device(device)
-    if chosen.base == "ours" or "prepared" in chosen.options:
+    prepared = chosen.base == "ours" or "prepared" in chosen.options
+    if prepared:
         prepare(SEED)
     else:
         torch.manual_seed(SEED)
@@ -146,12 +147,15 @@ def measure(
     ids = torch.randint(config.vocab_size, (warmup + steps, batch, length), device=where)
     memory.reset_peak()
     start = memory.now()
-    losses, seconds = [], {"gradient_seconds": Stopwatch(where), "update_seconds": Stopwatch(where)}
+    kept, losses = KeptMemory(), []
+    seconds = {"gradient_seconds": Stopwatch(where), "update_seconds": Stopwatch(where)}
     for rows in ids:
         with seconds["gradient_seconds"]:
             losses.append(training.gradients(rows))
         with seconds["update_seconds"]:
             training.update()
+            if prepared:
+                kept.check()  # as the scripts' trainer does, once a step
     times = {name: watch.seconds() for name, watch in seconds.items()}
     whole = [sum(parts) for parts in zip(*times.values(), strict=True)]
     static, peak = static_bytes(training.model, training.optimizer), memory.peak()
