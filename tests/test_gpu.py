@@ -189,7 +189,7 @@ def test_masters_learn_what_fp32_learns() -> None:
 
 def test_the_compiled_update_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large weights in a kernel of their own, small ones and fp32 ones by the library's, clipped, at two rates."""
-    monkeypatch.setattr(optimizer, "LARGE", 10_000)
+    monkeypatch.setitem(optimizer.LARGE, "else", 10_000)
     states = []
     for compiled in (False, True):
         torch.manual_seed(4)

@@ -15,7 +15,7 @@ from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.checkpoints import load_tokenizer
 from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError
-from smolkit.optimizer import SLICE, MasterAdamW
+from smolkit.optimizer import LARGE, SLICE, MasterAdamW
 from smolkit.packing import PackedCollator, pack_blocks
 from smolkit.shards import TokenStore
 from smolkit.training import final_weights
@@ -118,23 +118,33 @@ def test_bf16_weights_follow_fp32_masters_and_survive_saving(tmp_path) -> None:
 
 
 def test_the_compiled_update_is_the_fused_one(monkeypatch) -> None:
-    """What --torch_compile takes for large weights on a GPU, at a rate that changes, clipped and not."""
-    masters = []
+    """What --torch_compile takes for large weights that are not fp32, at a rate that changes, clipped and not."""
+    monkeypatch.setitem(LARGE, "cpu", 1000)
+    monkeypatch.setitem(SLICE, "cpu", 1000)
+    sizes, states, update_each = [], [], MasterAdamW._update_each
+
+    def counted(self, pieces, group):
+        sizes.extend(len(piece.weight) for piece in pieces)
+        update_each(self, pieces, group)
+
+    monkeypatch.setattr(MasterAdamW, "_update_each", counted)
     for compiled in (False, True):
         torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(40, 30).bfloat16())
-        optimizer = MasterAdamW([weight], lr=1e-2, weight_decay=0.1, compiled=compiled)
-        if compiled:
-            monkeypatch.setattr(optimizer, "_update", optimizer._update_each)
+        weights = [torch.nn.Parameter(torch.randn(40, 30).bfloat16()) for _ in range(2)]
+        weights += [torch.nn.Parameter(torch.randn(30).bfloat16()), torch.nn.Parameter(torch.randn(40, 30))]
+        optimizer = MasterAdamW(weights, lr=1e-2, weight_decay=0.1, compiled=compiled)
         for rate, limit in ((1e-2, 1.0), (3e-3, 1e9), (1e-3, None)):
-            weight.grad = torch.randn_like(weight)
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
             optimizer.param_groups[0]["lr"] = rate
             if limit is not None:
                 optimizer.clip_grad_norm(limit)
             optimizer.step()
-        assert torch.equal(weight, optimizer.master_of()[weight].bfloat16())
-        masters.append(optimizer.master_of()[weight])
-    torch.testing.assert_close(*masters, rtol=1e-6, atol=1e-7)
+        assert sizes == [1200, 1200] * 3 * compiled, "the large ones that are not fp32, whole"
+        assert all(torch.equal(weight, master.to(weight.dtype)) for weight, master in optimizer.master_of().items())
+        states.append(optimizer.master_of().values())
+    for fused, own in zip(*states, strict=True):
+        torch.testing.assert_close(own, fused, rtol=1e-6, atol=1e-7)
 
 
 # --- trainer
