@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.compare:
         print(comparison_table([read_run(path) for path in args.compare]))
         return
-    prepare(args.seed)
+    prepare(args.seed, huge_pages=True)
     started = time.monotonic()
     inputs = read(args)
     output_dir = args.output_dir or args.model_path / "eval"

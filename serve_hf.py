@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Load, listen, serve."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    prepare(seed=None, threads=args.threads)
+    prepare(seed=None, threads=args.threads, huge_pages=True)
     path = args.model_path or newest_checkpoint()
     directory, adapter = split_adapter(path, args.adapter)
     options = app_options(args)

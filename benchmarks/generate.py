@@ -78,7 +78,7 @@ def measure(
 ) -> dict[str, Any]:
     """Speeds of one side, in a process of its own."""
     if side != "transformers":
-        prepare(0)
+        prepare(0, huge_pages=True)
     config = SmolConfig(**model)
     continue_prompts = generator(side, build(side, config, torch.bfloat16))
     random = torch.Generator().manual_seed(0)

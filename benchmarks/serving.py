@@ -124,7 +124,7 @@ def texts_of(load: Load) -> list[str]:
 def measure(side: str, directory: str, loads: dict[str, Load]) -> dict[str, Any]:
     """Speeds and first-token times of one side, in a process of its own."""
     if side not in ("transformers", "vllm", "serve_vllm", "vllm_server"):
-        prepare(0)
+        prepare(0, huge_pages=True)
     if side == "transformers":
         return with_transformers(directory, loads)
     if side in SERVERS:

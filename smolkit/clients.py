@@ -97,7 +97,7 @@ def connected(
     from smolkit.runtime import prepare
     from smolkit.serving import load_engine, load_tokenizer, model_name_of, serving, split_adapter, stop_ids_of
 
-    prepare(seed=None)
+    prepare(seed=None, huge_pages=True)
     directory, adapter_path = split_adapter(_downloaded(source), adapter)
     tokenizer, key = load_tokenizer(directory), secrets.token_urlsafe()
     engine = load_engine(directory, tokenizer, model_name="local", dtype=dtype, device=device, adapter=adapter_path)

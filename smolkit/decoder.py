@@ -9,6 +9,7 @@ second of transformers' `generate` with one stream, 2.2 times with sixteen (`pyt
 The operations and their order are those of the model, so greedy answers are the same.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import cast
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from smol_model import (
     CPU_BLOCK_LENGTH,
+    ROW_MULTIPLE,
     Experts,
     LMHead,
     SmolConfig,
@@ -33,6 +35,7 @@ from smol_model import (
     future,
     one_query_attention,
     rms_norm,
+    sum_copies,
     turn,
 )
 from smolkit.cache import Row, room_for
@@ -194,14 +197,21 @@ class PackedExperts:
             self.gate_up = [reordered(weight) for weight in experts.gate_up_proj]
             self.down = [reordered(weight) for weight in experts.down_proj]
 
-    def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
-        output, start = torch.empty_like(rows), 0
-        for gate_up, down, end in zip(self.gate_up, self.down, ends.tolist(), strict=True):
-            if end > start:
-                gate, up = packed_linear(rows[start:end], gate_up).chunk(2, dim=-1)
-                output[start:end] = packed_linear(F.silu(gate).mul_(up), down)
-            start = end
-        return output
+    def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x (N, D), the router's weights and choices (N, k) -> (N, D): `dispatch` and `combine` of the model by lists,
+        since some twenty operations on a few numbers take longer than the products of a row."""
+        experts = chosen.t().flatten().tolist()  # of each slot, see Dispatch
+        order = sorted(range(len(experts)), key=experts.__getitem__)
+        slots = torch.tensor(order)
+        rows = F.pad(x.index_select(0, slots % len(x)), (0, 0, 0, ROW_MULTIPLE))
+        output, start = x.new_empty(len(order), x.shape[1]), 0
+        for expert, count in sorted(Counter(experts).items()):
+            filled = -(-count // ROW_MULTIPLE) * ROW_MULTIPLE  # with rows of the next one, for nothing
+            gate, up = packed_linear(rows[start : start + filled], self.gate_up[expert]).chunk(2, dim=-1)
+            output[start : start + count] = packed_linear(F.silu(gate).mul_(up), self.down[expert])[:count]
+            start += count
+        results = torch.empty_like(output).index_copy_(0, slots, output)
+        return sum_copies(results.mul_(weights.t().reshape(-1, 1).to(x.dtype)), chosen.shape[1])
 
 
 class SparseExperts:
@@ -215,7 +225,9 @@ class SparseExperts:
             self.experts, self.router = PackedExperts(moe.experts), moe.gate.weight.detach().float()
 
     def __call__(self, x: Tensor, users: Users = ()) -> Tensor:
-        _, weights, chosen = self.gate.choose(self.logits(x)) if self.packed else self.gate(x)[1:]
+        if isinstance(self.experts, PackedExperts):
+            return self.experts(x, *self.gate.choose(self.logits(x))[1:])
+        _, weights, chosen = self.gate(x)[1:]
         plan = dispatch(chosen, self.count, None, None)
         rows = self.experts(x.index_select(0, plan.order % len(x)), plan.ends)
         return combine(rows, weights, plan).to(x.dtype)

@@ -60,3 +60,26 @@ def test_a_device_is_chosen_by_name_or_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda: "):
             chosen_device("cuda")
+
+
+HUGE = """
+import torch
+from smolkit.runtime import prepare
+
+prepare(0, huge_pages=True)
+large = torch.ones(2**24)  # 64 MiB
+print(*(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+
+
+def test_large_tensors_lie_in_huge_pages_and_limited_addresses_are_left_alone() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if platform.libc_ver()[0] != "glibc" or not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("no transparent huge pages here")
+    command, folder = [sys.executable, "-c", HUGE], Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 32 * 1024, "kB"
+    shell = ["bash", "-c", 'ulimit -v 16000000 && exec "$@"', "bash", *command]
+    done = subprocess.run(shell, cwd=folder, capture_output=True, text=True, check=True)
+    if "[madvise]" in setting.read_text():
+        assert int(done.stdout) < 4 * 1024, "as if half of the memory had not been asked for"
