@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolkit.errors import UserError
+from smolkit.errors import Interrupted, UserError, run
 from smolkit.runtime import chosen_device, compute_dtype, default_device
 
 # Holes of 32 MiB, kept apart by tensors of 1 MiB that live on, and then tensors of 33 MiB, which fit into none.
@@ -83,3 +83,21 @@ def test_large_tensors_lie_in_huge_pages_and_limited_addresses_are_left_alone() 
     done = subprocess.run(shell, cwd=folder, capture_output=True, text=True, check=True)
     if "[madvise]" in setting.read_text():
         assert int(done.stdout) < 4 * 1024, "as if half of the memory had not been asked for"
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "line"),
+    [
+        (UserError("a.jsonl:3: no text"), 2, "error: a.jsonl:3: no text"),
+        (Interrupted("stopped after saving"), 75, "stopped after saving"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_ends_a_script_has_an_exit_code_and_one_line(problem, code, line, capsys) -> None:
+    def main() -> None:
+        raise problem
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == code
+    assert capsys.readouterr().err == line + "\n"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.checkpoints import load_tokenizer
 from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError
+from smolkit.manifest import MANIFEST, seal
 from smolkit.optimizer import LARGE, SLICE, MasterAdamW
 from smolkit.packing import PackedCollator, pack_blocks
+from smolkit.runs import SETTINGS_FILE, find_start
 from smolkit.shards import TokenStore
 from smolkit.training import final_weights
 
@@ -299,6 +302,43 @@ def test_bad_input_leaves_nothing_behind(world, tmp_path, more, message) -> None
         pretrain(world, tmp_path / "out", *more)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_where_a_run_may_not_start(tmp_path) -> None:
+    """The refusals and remarks of `find_start` about the directory and about a named checkpoint."""
+    out, checkpoint = tmp_path / "out", tmp_path / "elsewhere" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "optimizer.pt").write_bytes(b"state")
+    settings = {"additional_steps": 0, "layout": [1, 4, 2], "strategy": None}
+
+    def start(resume: str = "auto", directory: Path = out, named: Path | None = checkpoint, **changed: object):
+        args = SimpleNamespace(output_dir=str(directory), resume_from_checkpoint=named and str(named), **changed)
+        return find_start(args, settings | changed, resume)
+
+    with pytest.raises(UserError, match="is a file; name a directory"):
+        start(directory=checkpoint / "trainer_state.json")
+    with pytest.raises(UserError, match="--resume never and --resume_from_checkpoint contradict each other"):
+        start("never")
+    unchecked = [f"{checkpoint} has no {MANIFEST}: it is used unchecked, as another tool wrote it"]
+    assert start() == (False, str(checkpoint), unchecked)
+    seal(checkpoint, step=4)
+    assert start() == (False, str(checkpoint), [])
+    (checkpoint / "optimizer.pt").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"--resume_from_checkpoint .*optimizer.pt is not what was written"):
+        start()
+
+    out.mkdir()
+    (out / SETTINGS_FILE).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="--additional_steps 5: .* has no checkpoint to continue from"):
+        start(named=None, additional_steps=5)
+    (out / SETTINGS_FILE).write_text(json.dumps(settings | {"additional_steps": 9}))
+    with pytest.raises(UserError, match="holds a run with --additional_steps 9, not 5; give 9 or more"):
+        start(named=None, additional_steps=5)
+    (out / SETTINGS_FILE).write_text(json.dumps(settings | {"strategy": "DeepSpeed", "layout": [2, 2, 2]}))
+    with pytest.raises(UserError, match="trained by 2 processes, which DeepSpeed splits checkpoints over"):
+        start(named=None, strategy="DeepSpeed")
+    assert not list(out.glob("*.pt")) and [path.name for path in out.iterdir()] == [SETTINGS_FILE]
 
 
 @pytest.mark.parametrize(
