@@ -124,6 +124,7 @@ def test_the_compiled_update_is_the_fused_one(monkeypatch) -> None:
     """What --torch_compile takes for large weights that are not fp32, at a rate that changes, clipped and not."""
     monkeypatch.setitem(LARGE, "cpu", 1000)
     monkeypatch.setitem(SLICE, "cpu", 1000)
+    monkeypatch.setitem(SLICE, "else", 1500)
     sizes, states, update_each = [], [], MasterAdamW._update_each
 
     def counted(self, pieces, group):
@@ -133,8 +134,9 @@ def test_the_compiled_update_is_the_fused_one(monkeypatch) -> None:
     monkeypatch.setattr(MasterAdamW, "_update_each", counted)
     for compiled in (False, True):
         torch.manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(40, 30).bfloat16()) for _ in range(2)]
-        weights += [torch.nn.Parameter(torch.randn(30).bfloat16()), torch.nn.Parameter(torch.randn(40, 30))]
+        shapes, narrow = [(40, 30), (70, 30), (30,), (40, 30)], [True, True, True, False]
+        values = [torch.randn(shape) for shape in shapes]
+        weights = [torch.nn.Parameter(v.bfloat16() if n else v) for v, n in zip(values, narrow, strict=True)]
         optimizer = MasterAdamW(weights, lr=1e-2, weight_decay=0.1, compiled=compiled)
         for rate, limit in ((1e-2, 1.0), (3e-3, 1e9), (1e-3, None)):
             for weight in weights:
@@ -143,7 +145,7 @@ def test_the_compiled_update_is_the_fused_one(monkeypatch) -> None:
             if limit is not None:
                 optimizer.clip_grad_norm(limit)
             optimizer.step()
-        assert sizes == [1200, 1200] * 3 * compiled, "the large ones that are not fp32, whole"
+        assert sizes == [1200, 1500] * 3 * compiled, "large pieces of what is not fp32; 600 elements are no such piece"
         assert all(torch.equal(weight, master.to(weight.dtype)) for weight, master in optimizer.master_of().items())
         states.append(optimizer.master_of().values())
     for fused, own in zip(*states, strict=True):
