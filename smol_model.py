@@ -22,7 +22,7 @@ Shapes
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -421,6 +421,12 @@ class LinearByRows(torch.autograd.Function):
         return grad_x, grad.t() @ x.flatten(0, -2) if need_weight else None
 
 
+def linear(config: SmolConfig, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    """SmolLinear, and nn.Linear itself where a library will quantise it: bitsandbytes leaves its subclasses alone."""
+    kind = nn.Linear if getattr(config, "quantization_config", None) else SmolLinear
+    return kind(inputs, outputs, bias=bias)
+
+
 class SmolLinear(nn.Linear):
     """nn.Linear with its products cut into the rows that both of two cores compute, where oneDNN does not."""
 
@@ -431,6 +437,49 @@ class SmolLinear(nn.Linear):
         if whole or self.bias is not None or x.dtype != self.weight.dtype:
             return super().forward(x)
         return LinearByRows.apply(x, self.weight)
+
+
+def linear_products(x: Tensor, *linears: nn.Module, split: Callable = torch.split) -> Sequence[Tensor]:
+    """The result of each of several linear layers of the same x.
+
+    Compiled for a GPU they are one product, with their weights side by side: x is read once, and its gradient is one
+    product instead of a sum of several. Not so where something else has taken a layer's place (an adapter, a quantised
+    one) or holds its weight elsewhere until it is called (ZeRO-3 leaves an empty tensor without rows).
+    """
+    if not computes_side_by_side(x) or any(type(each) is not SmolLinear or each.weight.dim() != 2 for each in linears):
+        return [each(x) for each in linears]
+    weights, biases = zip(*((each.weight, each.bias) for each in linears), strict=True)
+    bias = None if biases[0] is None else torch.cat(biases)
+    return split(F.linear(x, torch.cat(weights), bias), tuple(len(weight) for weight in weights), -1)
+
+
+def computes_side_by_side(x: Tensor) -> bool:
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+class SplitForRotation(torch.autograd.Function):
+    """`torch.split` along the last dimension, whose gradients are put together uncompiled: a compiler would rotate all
+    of them anew for every element of the whole (197 us on an H100, where 110 are enough)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
+        return x.split(sizes, dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return side_by_side(grads), None, None
+
+
+@torch.library.custom_op("smollm::side_by_side", mutates_args=())
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` along the last dimension as an operator of its own."""
+    return torch.cat(list(parts), dim=-1)
+
+
+@side_by_side.register_fake
+def _(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts), dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -725,10 +774,10 @@ class Attention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         D, query, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = SmolLinear(D, query * self.head_dim, bias=config.attention_bias)
-        self.k_proj = SmolLinear(D, kv * self.head_dim, bias=config.attention_bias)
-        self.v_proj = SmolLinear(D, kv * self.head_dim, bias=config.attention_bias)
-        self.o_proj = SmolLinear(query * self.head_dim, D, bias=False)
+        self.q_proj = linear(config, D, query * self.head_dim, config.attention_bias)
+        self.k_proj = linear(config, D, kv * self.head_dim, config.attention_bias)
+        self.v_proj = linear(config, D, kv * self.head_dim, config.attention_bias)
+        self.o_proj = linear(config, query * self.head_dim, D)
         self.q_norm = SmolRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = SmolRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -742,9 +791,11 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         heads = (*x.shape[:-1], -1, self.head_dim)
-        query = Rotate.apply(self.q_norm(self.q_proj(x).view(heads)), *rotation)  # (B, H, T, Dh)
-        key = Rotate.apply(self.k_norm(self.k_proj(x).view(heads)), *rotation)  # (B, K, T, Dh)
-        value = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, Dh)
+        products = linear_products(x, self.q_proj, self.k_proj, self.v_proj, split=SplitForRotation.apply)
+        query, key, value = (product.view(heads) for product in products)
+        query = Rotate.apply(self.q_norm(query), *rotation)  # (B, H, T, Dh)
+        key = Rotate.apply(self.k_norm(key), *rotation)  # (B, K, T, Dh)
+        value = value.transpose(1, 2)  # (B, K, T, Dh)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, Dh)
         dropout = self.attention_dropout if self.training else 0.0
@@ -780,12 +831,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: SmolConfig):
         super().__init__()
-        self.gate_proj = SmolLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = SmolLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = SmolLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = linear(config, config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config, config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = linear_products(x, self.gate_proj, self.up_proj)
+        return self.down_proj(SiluProduct.apply(gate, up))
 
 
 class RouterStats(NamedTuple):
@@ -1157,7 +1209,11 @@ class SmolModel(SmolPreTrainedModel):
         output_router_logits: bool | None = None,  # accepted because callers pass it; they are always returned
         **kwargs: Any,
     ) -> SmolModelOutput:
-        """With `attention_mask` None, position ids that restart inside a row separate packed documents."""
+        """With `attention_mask` None, position ids that restart inside a row separate packed documents.
+
+        A collator may also say where they begin, in transformers' keywords (see `document_bounds`): found out here, it
+        takes a GPU that has finished its work.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -1165,7 +1221,8 @@ class SmolModel(SmolPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        attend, mask, bounds = self.attention(x, attention_mask, position_ids, past_key_values, seen)
+        known = kwargs.get("cu_seq_lens_q")
+        attend, mask, bounds = self.attention(x, attention_mask, position_ids, past_key_values, seen, known)
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
         rotation = self.rotary(position_ids, x.dtype)
@@ -1196,9 +1253,15 @@ class SmolModel(SmolPreTrainedModel):
         )
 
     def attention(
-        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Any, seen: Any
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        seen: Any,
+        known_bounds: Tensor | None,
     ) -> tuple[Callable, Tensor | None, dict[str, Any]]:
-        """The attention function for this call, the mask in the form it wants, and document bounds if it wants them."""
+        """The attention function for this call, the mask in the form it wants, and what else it wants to be told."""
         (B, T, _), device, implementation = x.shape, x.device.type, self.config._attn_implementation
         if isinstance(past_key_values, DynamicCache) and not seen:
             past_key_values = None  # an empty cache changes nothing, but would switch packing detection off
@@ -1210,11 +1273,11 @@ class SmolModel(SmolPreTrainedModel):
         masked = attention_mask is not None and attention_mask.dim() == 2
         if position_ids is not None and past_key_values is None and (masked or varlen or (flash and B > 1)):
             starts = F.pad(position_ids.diff() != 1, (1, 0)).expand(B, T)
-            if starts.any():
+            if starts.any() if known_bounds is None else len(known_bounds) > B + 1:
                 attention_mask = None  # packed: the positions of padding make it a document of its own
-                bounds = document_bounds(starts) if flash or varlen else {}
-        if varlen and bounds:
-            return varlen_attention, None, bounds
+                if varlen:
+                    return varlen_attention, None, document_bounds(starts) if known_bounds is None else {}
+                bounds = document_bounds(starts) if flash and known_bounds is None else {}
         mask: Tensor | None = create_causal_mask(  # type: ignore[assignment]  # BlockMask: flex attention alone
             config=self.config,
             inputs_embeds=x,

@@ -3,7 +3,8 @@ word about jumps.
 
 Once per step, after the gradients are there and before they are used, all processes compare notes (one small
 reduction): has one of them been asked to stop, has one met a loss or gradient that is not finite? So all decide alike,
-whichever process it happened to.
+whichever process it happened to. A GPU would stand still meanwhile: there the update itself leaves out what is not
+finite, and the notes are compared while the next step is computed, or before this one is logged or saved.
 """
 
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from smolkit.errors import STOPPED, Interrupted, UserError
+from smolkit.optimizer import MasterAdamW
 from smolkit.packing import SeededOrder
 from smolkit.persistence import PersistenceMixin
 from smolkit.runs import leave
@@ -31,6 +33,31 @@ from smolkit.runtime import KeptMemory
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's warning (--signal=USR1@300)
 ECHO = 2.0  # seconds in which a second Ctrl-C is the launcher passing on the first
+
+
+class Found(NamedTuple):
+    """What a step's forward and backward passes gave, on its way from the device."""
+
+    step: int  # complete before it
+    losses: int
+    values: torch.Tensor  # on the CPU: losses of the micro-batches, then the gradient norm if there is one
+    arrival: torch.Event | None  # of the values; None where they are there
+
+    def read(self) -> tuple[list[float], float | None]:
+        """Losses and norm, waiting for them."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        values = self.values.tolist()
+        return values[: self.losses], values[self.losses] if len(values) > self.losses else None
+
+
+def _on_its_way(values: torch.Tensor) -> tuple[torch.Tensor, torch.Event | None]:
+    """A copy on the CPU that nobody has waited for, and the event after which it may be read."""
+    if values.device.type == "cpu":
+        return values, None
+    copy, arrival = values.to("cpu", non_blocking=True), torch.Event(values.device.type)
+    arrival.record()
+    return copy, arrival
 
 
 class Spikes:
@@ -85,6 +112,7 @@ class GuardMixin(PersistenceMixin):
         self.stopping = 0  # the signal that all processes agreed to stop for
         self._skipped = 0  # updates left out because of --skip_nonfinite
         self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
+        self._found: Found | None = None  # not looked at yet
         self._before: dict[str, Any] | None = None
         self._spikes = Spikes()
         self._group: Any = None
@@ -135,6 +163,8 @@ class GuardMixin(PersistenceMixin):
                 signal.signal(number, handler)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._look()  # before what was found wrong is written down
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if not self.stopping or self.state.global_step >= self.state.max_steps:
             return  # at the last step there is only the end left to do
@@ -155,34 +185,63 @@ class GuardMixin(PersistenceMixin):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        self._look()  # at the step before, while the device is busy with this one
         self._losses.append(loss)
         return loss
+
+    def self_guarding(self) -> MasterAdamW | None:
+        """The optimizer that leaves out an update by itself, so that nobody waits for a GPU before it; else None.
+
+        Not with --skip_nonfinite, which takes the step's sums back: they must not hold another step's by then.
+        """
+        on_gpu = self.args.device.type == "cuda"
+        return self.master_optimizer() if on_gpu and not self.args.skip_nonfinite else None
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm; between backward pass and update, so this is where the processes compare notes."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        losses = [float(loss) for loss in self._losses]
+        found = self._losses if norm is None else [*self._losses, norm]
+        if masters := self.self_guarding():
+            values = torch.stack([value.detach().double() for value in found])
+            masters.skip_if(~values.isfinite().all())
+            self._found = Found(self.state.global_step, len(self._losses), *_on_its_way(values))
+            return norm
+        values = torch.tensor([float(value) for value in found], dtype=torch.float64)
+        self._found = Found(self.state.global_step, len(self._losses), values, None)
+        if not self._look():
+            model.zero_grad(set_to_none=True)  # no gradient: the optimizer leaves weights and moments alone
+            return 0.0
+        return norm
+
+    def _look(self) -> bool:
+        """At what the last step gave, if nobody has yet; False if its update is left out.
+
+        `UserError` when it is not finite and may not be left out.
+        """
+        found, self._found = self._found, None
+        if found is None:
+            return True
+        losses, norm = found.read()
         total = sum(losses)
         scaled = self.accelerator.scaler is not None  # fp16: infinite gradients are the scaler's to handle
-        bad = not math.isfinite(total) or not (scaled or norm is None or math.isfinite(float(norm)))
+        bad = not math.isfinite(total) or not (scaled or norm is None or math.isfinite(norm))
         worst, asked, highest = self.vote(bad, self._asked, total if math.isfinite(total) else -math.inf)
         self.stopping = int(asked)
         if worst:
-            self._leave_out(losses, norm)
-            model.zero_grad(set_to_none=True)  # no gradient: the optimizer leaves weights and moments alone
-            return 0.0
+            self._leave_out(losses, norm, found.step)
+            return False
         usual = self._spikes.usual(highest)
         if usual is not None and self.args.process_index == 0:
             print(
-                f"warning: the loss jumped to {highest:.3f} at step {self.state.global_step + 1}, from about "
+                f"warning: the loss jumped to {highest:.3f} at step {found.step + 1}, from about "
                 f"{usual:.3f}: look at the data there, or lower --learning_rate",
                 flush=True,
             )
-        return norm
+        return True
 
-    def _leave_out(self, losses: list[float], norm: Any) -> None:
+    def _leave_out(self, losses: list[float], norm: float | None, step: int) -> None:
         """Forget this step's sums, or raise `UserError` when no more updates may be skipped."""
-        text = self._describe(losses, norm)
+        text = self._describe(losses, norm, step)
         if self._skipped >= self.args.skip_nonfinite:
             allowed = f", {self._skipped} skipped before" if self._skipped else ""
             raise UserError(
@@ -198,30 +257,29 @@ class GuardMixin(PersistenceMixin):
         if self.args.process_index == 0:
             print(f"warning: {text}; update skipped ({skipped} of {self.args.skip_nonfinite} allowed)", flush=True)
 
-    def _describe(self, losses: list[float], norm: Any) -> str:
-        """What is not finite: step, process, micro-batch, rows."""
+    def _describe(self, losses: list[float], norm: float | None, step: int) -> str:
+        """What is not finite after `step` steps: step, process, micro-batch, rows."""
         mine = []
         for micro, loss in enumerate(losses):
             if not math.isfinite(loss):
-                rows = self.rows_of(micro)
+                rows = self.rows_of(micro, step)
                 where = f", rows {' '.join(map(str, rows))} of the training data" if rows else ""
                 mine.append(f"process {self.args.process_index}, batch {micro + 1} of {len(losses)} in the step{where}")
                 break
         value = next((loss for loss in losses if not math.isfinite(loss)), None)
         found = [(text, value) for text, value in gather_object([(mine[0] if mine else "", value)]) if text]
-        step = self.state.global_step + 1
         if not found:
-            return f"the gradient norm is {float(norm)} at step {step} (every loss is finite)"
-        return f"the loss is {found[0][1]} at step {step} ({'; '.join(text for text, _ in found)})"
+            return f"the gradient norm is {norm} at step {step + 1} (every loss is finite)"
+        return f"the loss is {found[0][1]} at step {step + 1} ({'; '.join(text for text, _ in found)})"
 
-    def rows_of(self, micro: int) -> list[int]:
-        """Rows of the training data in a micro-batch of the current step of this process; [] if unknown."""
+    def rows_of(self, micro: int, step: int) -> list[int]:
+        """Rows of the training data in a micro-batch of this process, after `step` steps; [] if unknown."""
         if self._order is None:
             return []
         size, processes = self._train_batch_size, self.args.world_size
         accumulation = self.args.gradient_accumulation_steps
         batches = -(-len(self._order) // (size * processes))
-        epoch, step = divmod(self.state.global_step, -(-batches // accumulation))
+        epoch, step = divmod(step, -(-batches // accumulation))
         order = copy(self._order)
         order.set_epoch(epoch)
         start = ((step * accumulation + micro) * processes + self.args.process_index) * size
@@ -233,7 +291,7 @@ class GuardMixin(PersistenceMixin):
         def checked(loss: torch.Tensor, **kwargs: Any) -> None:
             losses = [*(float(each) for each in self._losses), float(loss.detach())]
             if self.vote(not math.isfinite(losses[-1]))[0]:
-                self._leave_out(losses, None)
+                self._leave_out(losses, None, self.state.global_step)
             backward(loss, **kwargs)
 
         return checked

@@ -39,6 +39,7 @@ def update(
     exp_avg_sq: Tensor,
     powers: tuple[Tensor, Tensor],  # () each: the betas to the power of the step
     divisor: Tensor,  # () of the gradient
+    skip: Tensor | None,  # () bool: change nothing
     lr: Tensor,  # ()
     beta1: float,
     beta2: float,
@@ -48,10 +49,12 @@ def update(
     """AdamW of one weight, to be compiled into one pass over memory: 28 bytes an element in bf16, where a library
     kernel and the conversions around it move 40 (two CPU cores: 64 instead of 102 ms for 88M weights)."""
     grad = gradient.float() / divisor
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    scale = exp_avg_sq.sqrt() / (1 - powers[1]).sqrt() + eps
-    master.copy_(master * (1 - lr * weight_decay) - lr / (1 - powers[0]) * exp_avg / scale)
+    mean = exp_avg.lerp(grad, 1 - beta1)
+    mean_square = (exp_avg_sq * beta2).addcmul(grad, grad, value=1 - beta2)
+    scale = mean_square.sqrt() / (1 - powers[1]).sqrt() + eps
+    changed = master * (1 - lr * weight_decay) - lr / (1 - powers[0]) * mean / scale
+    for old, new in ((exp_avg, mean), (exp_avg_sq, mean_square), (master, changed)):
+        old.copy_(new if skip is None else torch.where(skip, old, new))
     weight.copy_(master)
 
 
@@ -75,6 +78,7 @@ class MasterAdamW(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._divisor: Tensor | None = None  # of all gradients, set by clip_grad_norm for the next step
+        self._skip: Tensor | None = None  # () bool, see skip_if
         self._scratch: dict[torch.device, Tensor] = {}  # fp32 gradients of the slice at hand
         self._compiled = torch.compile(update, dynamic=True) if compiled else None
         for weight in self._weights():
@@ -113,6 +117,10 @@ class MasterAdamW(torch.optim.Optimizer):
         self._divisor = torch.clamp((total + 1e-6) / max_norm, min=1.0)
         return total
 
+    def skip_if(self, bad: Tensor) -> None:
+        """Let the next `step` change nothing if `bad`, a 0-d bool tensor: the device alone has to know by then."""
+        self._skip = bad
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
         """One AdamW update of the masters, then the weights become their rounded copies."""
@@ -122,9 +130,11 @@ class MasterAdamW(torch.optim.Optimizer):
             steps = [self.state[weight]["step"] for weight in group["params"] if weight.grad is not None]
             if steps:
                 torch._foreach_add_(steps, 1)
+                if self._skip is not None:  # as a list: of one tensor for all the host would have to know the value
+                    torch._foreach_sub_(steps, [self._skip.float()] * len(steps))
             for pieces in self._slices(group):
                 self._update(pieces, group)
-        self._divisor = None
+        self._divisor = self._skip = None
         return loss
 
     def _norms(self, gradients: list[Tensor]) -> list[Tensor]:
@@ -159,7 +169,7 @@ class MasterAdamW(torch.optim.Optimizer):
         lr = torch.full((), float(group["lr"]), device=device)  # a number would be compiled in, and changes every step
         powers = zip(*(torch._foreach_pow(beta, steps) for beta in betas), strict=True)
         for piece, power in zip(pieces, powers, strict=True):
-            numbers = power, divisor, lr, *betas, group["weight_decay"], group["eps"]
+            numbers = power, divisor, self._skip, lr, *betas, group["weight_decay"], group["eps"]
             self._compiled(*piece[:-1], *numbers)
 
     def _update_together(self, pieces: list[Piece], group: dict[str, Any]) -> None:
@@ -179,7 +189,7 @@ class MasterAdamW(torch.optim.Optimizer):
             amsgrad=False,
             maximize=False,
             grad_scale=None if self._divisor is None else self._divisor.to(pieces[0].master.device),
-            found_inf=None,
+            found_inf=None if self._skip is None else self._skip.float(),
         )
         rounded = [piece for piece in pieces if piece.weight.dtype != torch.float32]
         if rounded:

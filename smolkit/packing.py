@@ -442,8 +442,9 @@ class PackedCollator:
     of old ones, the heap grows and its lists get long (SmolLM2-135M, 2 x 512, one step in 20 shorter: 6.8 instead of
     4.4 % of the main thread's time is spent in malloc), and compiled kernels meet new shapes.
 
-    Padding has label IGNORE and positions of its own document, so it changes no real token. `tokens` (1) counts what is
-    not padding; it is taken out before the batch goes into a model. With `mask_padding` an
+    Padding has label IGNORE and positions of its own document, so it changes no real token. Where documents begin goes
+    along, in the keywords of flash attention (`smol_model.document_bounds`): a GPU would have to be asked. `tokens`, a
+    number, counts what is not padding; it is taken out before the batch goes into a model. With `mask_padding` an
     `attention_mask` (B, T) is added when there is padding, for a router that must not count it. Only for
     SmolForCausalLM: given a mask, transformers' models no longer keep packed documents apart.
     """
@@ -451,7 +452,7 @@ class PackedCollator:
     pad_token_id: int
     mask_padding: bool = False
 
-    def __call__(self, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor | int]:
         lengths = [len(row["input_ids"]) for row in rows]
         longest = max(lengths)
         shape = (len(rows), longest if longest < 256 else -(-longest // 32) * 32)
@@ -466,9 +467,13 @@ class PackedCollator:
             batch["position_ids"][i, length:] = np.arange(shape[1] - length)
         if self.mask_padding and min(lengths) < shape[1]:
             batch["attention_mask"] = (np.arange(shape[1]) < np.asarray(lengths)[:, None]).astype(np.int64)
+        starts = np.flatnonzero(batch["position_ids"] == 0)
+        bounds = np.append(starts, batch["position_ids"].size).astype(np.int32)  # (documents + 1,)
+        longest = int(np.diff(bounds).max())
         # A row of one token trains nothing: it is a blank one.
-        batch["tokens"] = np.array([sum(length for length in lengths if length > 1)])
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        numbers = {"max_length_q": longest, "max_length_k": longest, "tokens": sum(n for n in lengths if n > 1)}
+        arrays = {**batch, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | numbers
 
 
 def count_tokens(rows: Dataset) -> tuple[int, int]:

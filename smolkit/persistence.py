@@ -71,7 +71,7 @@ class PersistenceMixin(Host):
     """Saving and loading; put before a trainer in the bases; call `begin_persistence` last of what adds callbacks."""
 
     # sums of the mixins that build on this one, kept with a checkpoint
-    _tokens: int
+    _tokens: int | torch.Tensor
     _router: dict[str, torch.Tensor]
     _router_batches: int
     _skipped: int
@@ -100,7 +100,7 @@ class PersistenceMixin(Host):
         state = {
             "loss": float(self._tr_loss),
             "last_logged": self._globalstep_last_logged,
-            "tokens": self._tokens,
+            "tokens": int(self._tokens),
             "router": {name: float(value) for name, value in self._router.items()},
             "router_batches": self._router_batches,
             "skipped": self._skipped,

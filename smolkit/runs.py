@@ -106,6 +106,18 @@ class Job:
         return f"{count} processes, {sharding_engine(self.args) or 'DDP'}" if count > 1 else "1 process"
 
 
+def one_gpu_per_process(args: RunArguments) -> None:
+    """Keep a single process to one GPU: Trainer would split its batches over all of them by DataParallel, slower than a
+    process for each, and with them what is said of a batch's documents."""
+    if args.n_gpu > 1:
+        print(
+            f"note: torch sees {args.n_gpu} GPUs and this process takes the first; for all of them: torchrun "
+            f"--nproc_per_node {args.n_gpu} and the same command",
+            flush=True,
+        )
+        args._n_gpu = 1
+
+
 def open_job(
     stage: StageArguments,
     args: RunArguments,
@@ -118,6 +130,7 @@ def open_job(
     `suffixes`: of data files. `models`: directories the result depends on. `more`: other settings it depends
     on. Raises `UserError` for missing data, contradicting flags, and an output directory that is taken.
     """
+    one_gpu_per_process(args)
     dtype = weights_dtype(stage.weights_dtype, args)
     check_disk_offload(args)
     check_compiler(args)

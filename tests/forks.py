@@ -10,6 +10,7 @@ of `subprocess`: -9 for SIGKILL. Faults act at the outermost boundary, in the pr
     {"kill_call": n}                   SIGKILL in the n-th call of one of CALLS since the first save
     {"kill_at_the_end": true}          SIGKILL after the last evaluation, before the final directory is written
     {"nan_at": [step, ...]}            the loss of these steps' first micro-batch is NaN
+    {"on_a_gpu": true}                 losses and norms are looked at a step later, as where an update guards itself
     {"slow_disk": steps}               fsync in the background lasts until training is that many steps further
     {"full_after": bytes}              the disk is full: RLIMIT_FSIZE, which every file of more bytes runs into
 """
@@ -60,6 +61,10 @@ def sabotage(fault: dict[str, Any]) -> None:
         import smolkit.training
 
         smolkit.training.final_weights = lambda trainer: os.kill(os.getpid(), signal.SIGKILL)
+    if "on_a_gpu" in fault:
+        from smolkit.guards import GuardMixin
+
+        GuardMixin.self_guarding = GuardMixin.master_optimizer
     if "full_after" in fault:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes fail with EFBIG instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["full_after"],) * 2)

@@ -5,18 +5,23 @@ a few times its precision (2^-8), since sums are taken in another order.
 """
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import smol_model
 from smol_model import SmolConfig, SmolForCausalLM, loss_of_all_tokens, loss_of_trained_tokens
 from smolkit import optimizer
+from smolkit.adapters import build_base
 from smolkit.batch import generate_batch
 from smolkit.optimizer import MasterAdamW
+from smolkit.packing import PackedCollator
 
 pytestmark = pytest.mark.gpu
 
@@ -128,6 +133,22 @@ def test_packed_rows_take_the_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_bounds_from_the_collator_are_those_found_on_the_device() -> None:
+    """And whole rows, of which they are told as well, take the kernel of whole rows."""
+    model = build("dense").to(torch.bfloat16).cuda()
+    collate = PackedCollator(0)
+    for lengths in ([[50, 30, 48], [128]], [[128], [128]]):
+        ids = batch(2)["input_ids"].tolist()
+        positions = [[i for n in row for i in range(n)] for row in lengths]
+        rows = [{"input_ids": a, "labels": a, "position_ids": p} for a, p in zip(ids, positions, strict=True)]
+        told = collate(rows)
+        told.pop("tokens")
+        found = {name: value.cuda() for name, value in told.items() if name in ("input_ids", "labels", "position_ids")}
+        told = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in told.items()}
+        one, two = (model(**kwargs, use_cache=False).loss for kwargs in (told, found))
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("function", [loss_of_trained_tokens, loss_of_all_tokens])
 def test_the_loss_is_cross_entropy(function: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(smol_model.LOSS_ELEMENTS, "else", 2**16)  # several blocks
@@ -211,6 +232,45 @@ def test_the_compiled_update_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -
         states.append(masters.master_of().values())
     for one, two in zip(*states, strict=True):
         assert distance(one, two) < 1e-5
+
+
+def test_a_bad_update_is_left_out_without_waiting() -> None:
+    """Both ways of updating: a gradient that is not finite changes nothing, and the next one is the next step."""
+    for compiled in (False, True):
+        torch.manual_seed(5)
+        weights = [torch.nn.Parameter(torch.randn(n, device="cuda", dtype=torch.bfloat16)) for n in (2**20, 64)]
+        masters = MasterAdamW(weights, lr=1e-2, weight_decay=0.1, compiled=compiled)
+        kept = copy.deepcopy(masters.state_dict()["state"])
+        for bad in (True, False):
+            for weight in weights:
+                weight.grad = torch.full_like(weight, torch.nan if bad else 1.0)
+            norm = masters.clip_grad_norm(1.0)
+            masters.skip_if(~norm.isfinite())
+            masters.step()
+            state = masters.state_dict()["state"]
+            same = [torch.equal(value, kept[i][name]) for i, parts in state.items() for name, value in parts.items()]
+            assert all(same) if bad else not any(same)
+        assert all(parts["step"].item() == 1 for parts in state.values())
+
+
+def test_qlora_keeps_the_base_in_four_bits(tmp_path: Path) -> None:
+    """Every linear layer but the head; losses near those of the model it was made of, and gradients for the adapter."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = build("dense").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stage = SimpleNamespace(qlora=True)
+    config = SmolConfig.from_pretrained(tmp_path)
+    four = build_base(stage, config, str(tmp_path), torch.bfloat16, "sdpa", 0)
+    layers = [module for module in four.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 2 * 7 and all(layer.weight.dtype == torch.uint8 for layer in layers)
+    rows = {name: value.cuda() for name, value in batch().items()}
+    expected = model.cuda()(**rows, use_cache=False).loss
+    adapted = get_peft_model(four, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    loss = adapted(**rows, use_cache=False).loss
+    loss.backward()
+    assert distance(loss, expected) < 0.02, (loss.item(), expected.item())
+    trained = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert trained and all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in trained)
 
 
 @pytest.mark.parametrize("shape", ["dense", "moe"])

@@ -184,6 +184,47 @@ def test_a_model_whose_products_are_cut_has_the_same_loss_and_gradients(monkeypa
         torch.testing.assert_close(cut, found[0], atol=2e-3, rtol=2e-2)
 
 
+@pytest.mark.parametrize("options", [{}, {"attention_bias": True}, {"qk_norm": True}, MOE])
+def test_products_side_by_side_give_the_same_gradients(options, monkeypatch):
+    """What a GPU's compiler gets, here without one: one product for query, key and value, one for gate and up."""
+    model, x = build(**options).train(), tokens(2, 10)
+    loss = model(x, labels=x).loss
+    loss.backward()
+    expected, calls, kept = gradients(model), [], SmolLinear.forward
+    monkeypatch.setattr(smol_model, "computes_side_by_side", lambda x: True)
+    monkeypatch.setattr(SmolLinear, "forward", lambda self, x: calls.append(self) or kept(self, x))
+    for called in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        joined = called(x, labels=x).loss
+        joined.backward()
+        torch.testing.assert_close(joined, loss)
+        assert_same_gradients(gradients(model), expected)
+    alone = [name for name, module in model.named_modules() if any(module is each for each in calls)]
+    assert {name.rpartition(".")[2] for name in alone} <= {"o_proj", "down_proj"}
+
+
+def test_a_layer_that_something_took_the_place_of_is_called(monkeypatch):
+    class Adapted(SmolLinear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = build()
+    before = model(tokens(1, 8)).logits
+    model.model.layers[0].mlp.up_proj.__class__ = Adapted
+    expected = model(tokens(1, 8)).logits
+    monkeypatch.setattr(smol_model, "computes_side_by_side", lambda x: True)
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(model(tokens(1, 8)).logits, expected)
+
+
+def test_what_a_library_will_quantise_is_torchs_own_linear():
+    """bitsandbytes looks for exactly that class: others stay in 16 bits, with a warning about something else."""
+    config = SmolConfig(**SMALL)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    layers = [m for name, m in SmolForCausalLM(config).named_modules() if name.endswith("_proj")]
+    assert len(layers) == 7 * 2 and all(type(layer) is torch.nn.Linear for layer in layers)
+
+
 def test_rms_norm_against_the_plain_expression():
     x = torch.randn(3, 5, 16, dtype=torch.float32, requires_grad=True)
     weight = torch.randn(16, requires_grad=True)

@@ -308,6 +308,27 @@ def test_losses_that_are_not_finite(world, tmp_path) -> None:
     assert "at step 5" in results[2]["output"] and "1 skipped before" in results[2]["output"]
 
 
+def test_an_update_that_guards_itself_is_left_out_on_the_device(world, tmp_path) -> None:
+    """Where nobody waits for the device: the same run bit for bit, and nothing that is not finite is written down."""
+    bf16, every = ("--weights_dtype", "bf16"), ("--save_steps", "1", "--save_total_limit", "9")
+    nan = {"nan_at": [6], "on_a_gpu": True}
+    plan = [
+        job(world, "pretrain", tmp_path / "plain", *bf16),
+        job(world, "pretrain", tmp_path / "later", *bf16, fault={"on_a_gpu": True}),
+        job(world, "pretrain", tmp_path / "unsaved", *bf16, "--save_steps", "20", fault=nan),
+        job(world, "pretrain", tmp_path / "saved", *bf16, *every, fault=nan),
+        job(world, "pretrain", tmp_path / "asked", *bf16, fault={"signal": "SIGTERM", "at": 5, "on_a_gpu": True}),
+    ]
+    results = execute(tmp_path, plan, [0, 0, 2, 2, 75])
+    assert_same(tmp_path / "plain", tmp_path / "later")
+    for result in results[2:4]:
+        assert "the loss is nan at step 6 (process 0, batch 1 of 2 in the step, rows " in result["output"]
+        assert "nothing was updated with it" in result["output"]
+    assert [row["step"] for row in rows(tmp_path / "unsaved") if "loss" in row] == [3]
+    assert checkpoints(tmp_path / "saved")[-1].name == "checkpoint-5"
+    assert checkpoints(tmp_path / "asked")[-1].name in ("checkpoint-5", "checkpoint-6")
+
+
 def test_a_jump_of_the_loss_is_noticed_once() -> None:
     spikes = guards.Spikes()
     falling = [6 - 0.05 * step + 0.1 * (-1) ** step for step in range(40)]

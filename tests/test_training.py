@@ -1,5 +1,6 @@
 """Optimizer with masters, accumulation, evaluation, non-finite losses, resuming; on tiny models in this process."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from smolkit.errors import UserError
 from smolkit.manifest import MANIFEST, seal
 from smolkit.optimizer import LARGE, SLICE, MasterAdamW
 from smolkit.packing import PackedCollator, pack_blocks
-from smolkit.runs import SETTINGS_FILE, find_start
+from smolkit.runs import SETTINGS_FILE, find_start, one_gpu_per_process
 from smolkit.shards import TokenStore
 from smolkit.training import final_weights
 
@@ -144,8 +145,18 @@ def test_the_compiled_update_is_the_fused_one(monkeypatch) -> None:
             optimizer.param_groups[0]["lr"] = rate
             if limit is not None:
                 optimizer.clip_grad_norm(limit)
+            if rate == 3e-3:
+                optimizer.skip_if(torch.tensor(False))
             optimizer.step()
         assert sizes == [1200, 1500] * 3 * compiled, "large pieces of what is not fp32; 600 elements are no such piece"
+        before = copy.deepcopy(optimizer.state_dict())
+        weights[0].grad[0] = torch.nan
+        optimizer.clip_grad_norm(1.0)
+        optimizer.skip_if(torch.tensor(True))
+        optimizer.step()
+        after = optimizer.state_dict()["state"]
+        assert all(torch.equal(v, after[i][name]) for i, state in before["state"].items() for name, v in state.items())
+        sizes.clear()
         assert all(torch.equal(weight, master.to(weight.dtype)) for weight, master in optimizer.master_of().items())
         states.append(optimizer.master_of().values())
     for fused, own in zip(*states, strict=True):
@@ -240,6 +251,17 @@ def test_a_non_finite_loss_stops_before_the_update(world, tmp_path) -> None:
 
 
 # --- runs
+
+
+def test_a_single_process_keeps_to_one_gpu(world, tmp_path, capsys) -> None:
+    args = PretrainTrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=3)
+    one_gpu_per_process(args)
+    assert not capsys.readouterr().out
+    args._n_gpu = 2
+    assert args.train_batch_size == 6
+    one_gpu_per_process(args)
+    assert args.train_batch_size == 3
+    assert "torchrun --nproc_per_node 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [[], ["num_experts=4", "num_experts_per_tok=2", "qk_norm=true"]])
