@@ -73,7 +73,8 @@ class TrainerMixin(GuardMixin):
         if state.distributed_type == DistributedType.MULTI_CPU and fsdp_version(self.args):
             state.distributed_type = DistributedType.MULTI_GPU  # becomes FSDP; the device stays the CPU
         # A batch goes to the GPU while it still computes the step before.
-        self.args.accelerator_config.non_blocking = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
+        transfer: Any = self.args.accelerator_config
+        transfer.non_blocking = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
         # --torch_compile: one block for all of them (25 s of compiling SmolLM2-135M for a GPU instead of 84)
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
         super().create_accelerator_and_postprocess()
