@@ -162,10 +162,11 @@ def _weight_bytes(work: Work, width: float) -> float:
     """Weights of the model, its adapter and a reference, unsplit."""
     held, trained, *_ = _held(work)
     base = held * width
-    if work.base_bits:  # matrices in 4 bits and their scales (0.127 bits a weight, double quantisation); tables stay
+    if work.base_bits:  # linear layers in 4 bits and their scales (0.127 bits a weight, double quantisation)
         config = work.config
-        tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-        base = (held - tables) * (work.base_bits + 0.127) / 8 + tables * 2
+        stay = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        stay += expert_parameters(config)  # fused: no linear layers to whom quantises
+        base = (held - stay) * (work.base_bits + 0.127) / 8 + stay * 2
     adapter = trained * width if work.trained is not None else 0
     return base + adapter + (base if work.reference else 0)
 

@@ -110,6 +110,18 @@ def test_lora_trains_rank_times_both_sides() -> None:
     assert (adapter.gradients, adapter.optimizer) == (2000, 12000)
 
 
+def test_qlora_keeps_tables_and_fused_experts_in_sixteen_bits() -> None:
+    """Linear layers and, for simplicity, norms take 4.127 bits; a layer's attention has 12,288 weights, its experts
+    4 * 3 * 64 * 32 = 24,576, its router 256."""
+    ddp = BY_NAME["ddp"]
+    found = memory(Work(dense(), 1, 128, trained=1000, base_bits=4), ddp).weights
+    assert found == pytest.approx(64_000 * 2 + (P - 64_000) * 4.127 / 8 + 1000 * 2)
+    moe = dense(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    found = memory(Work(moe, 1, 128, trained=1000, base_bits=4), ddp).weights
+    layer = 12_288 + 256 + 2 * 64
+    assert found == pytest.approx((64_000 + 2 * 24_576) * 2 + (2 * layer + 64) * 4.127 / 8 + 1000 * 2)
+
+
 def test_accumulation_for_half_a_million_tokens() -> None:
     assert planner.accumulation_for(524_288, 128, 256, 2) == 8
     work = Work(preset_config("smollama"), 128, 256, accumulation=4096, devices=2)
