@@ -18,25 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smol_model import (
+from smol_kernels import (
     CPU_BLOCK_LENGTH,
+    SmolLinear,
+    attend_in_blocks,
+    by_position,
+    future,
+    one_query_attention,
+    rms_norm,
+    turn,
+)
+from smol_model import (
     ROW_MULTIPLE,
     Experts,
     LMHead,
     SmolConfig,
     SmolDecoderLayer,
     SmolForCausalLM,
-    SmolLinear,
     SparseMoE,
-    attend_in_blocks,
-    by_position,
     combine,
     dispatch,
-    future,
-    one_query_attention,
-    rms_norm,
     sum_copies,
-    turn,
 )
 from smolkit.cache import Row, room_for
 from smolkit.quantize import Int8Linear, Int8Product

@@ -13,15 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from smol_model import (
-    CPU_BLOCK_LENGTH,
-    CPU_QUERY_BLOCK,
-    LOSS_BLOCK_ELEMENTS,
-    LOSS_ELEMENTS,
-    SmolConfig,
-    count_parameters,
-    flops_per_token,
-)
+from smol_kernels import CPU_BLOCK_LENGTH, CPU_QUERY_BLOCK, LOSS_BLOCK_ELEMENTS, LOSS_ELEMENTS
+from smol_model import SmolConfig, count_parameters, flops_per_token
 
 GB = 10**9
 # Dense bf16 FLOP/s from the vendors' data sheets (without sparsity), by a part of the name torch reports.
@@ -269,7 +262,7 @@ def activation_bytes(work: Work, width: int, autocast: bool = False) -> float:
 
 
 def attention_weight_bytes(config: SmolConfig, length: int, width: int, device: str) -> float:
-    """Attention weights kept per token: none by a fused kernel, those of whole rows by smol_model.BlockAttention."""
+    """Attention weights kept per token: none by a fused kernel, those of whole rows by smol_kernels.BlockAttention."""
     heads = config.num_attention_heads
     if device != "cpu":
         return 4 * heads  # the log of the softmax's denominator

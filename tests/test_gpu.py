@@ -15,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import smol_kernels
 import smol_model
-from smol_model import SmolConfig, SmolForCausalLM, loss_of_all_tokens, loss_of_trained_tokens
+from smol_kernels import loss_of_all_tokens, loss_of_trained_tokens
+from smol_model import SmolConfig, SmolForCausalLM
 from smolkit import optimizer
 from smolkit.adapters import build_base
 from smolkit.batch import generate_batch
@@ -151,7 +153,7 @@ def test_bounds_from_the_collator_are_those_found_on_the_device() -> None:
 
 @pytest.mark.parametrize("function", [loss_of_trained_tokens, loss_of_all_tokens])
 def test_the_loss_is_cross_entropy(function: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(smol_model.LOSS_ELEMENTS, "else", 2**16)  # several blocks
+    monkeypatch.setitem(smol_kernels.LOSS_ELEMENTS, "else", 2**16)  # several blocks
     torch.manual_seed(2)
     hidden, weight = torch.randn(300, 64, device="cuda"), torch.randn(512, 64, device="cuda") * 0.3
     labels = torch.randint(512, (300,), device="cuda")

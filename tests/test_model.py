@@ -7,20 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import smol_kernels
 import smol_model
+from smol_kernels import LinearCrossEntropy, RMSNorm, Rotate, SmolLinear, loss_of_all_tokens, row_block
 from smol_model import (
     PRESETS,
-    LinearCrossEntropy,
     LMHead,
-    RMSNorm,
-    Rotate,
     SmolConfig,
     SmolForCausalLM,
-    SmolLinear,
     count_parameters,
     flops_per_token,
     preset_config,
-    row_block,
 )
 
 SMALL = {
@@ -145,9 +142,9 @@ def test_options_choose_the_native_architecture(options, native):
 
 def test_products_are_cut_where_oneDNN_leaves_a_core_idle(monkeypatch):
     narrow = torch.empty(0, dtype=torch.bfloat16)
-    monkeypatch.setattr(smol_model, "on_two_amx_cores", lambda: False)
+    monkeypatch.setattr(smol_kernels, "on_two_amx_cores", lambda: False)
     assert row_block(narrow, 1024, 1536, 576) == 1024
-    monkeypatch.setattr(smol_model, "on_two_amx_cores", lambda: True)
+    monkeypatch.setattr(smol_kernels, "on_two_amx_cores", lambda: True)
     assert row_block(narrow, 1024, 1536, 576) == 512
     assert row_block(narrow, 1024, 576, 1536) == 1024  # both cores work on more columns than rows
     assert row_block(narrow, 64, 1536, 576) == 64
@@ -160,7 +157,7 @@ def test_products_are_cut_where_oneDNN_leaves_a_core_idle(monkeypatch):
 def test_a_linear_layer_by_rows_is_the_linear_layer(monkeypatch, compiling):
     """13 rows in blocks of 5: the last one is shorter."""
     blocks = []
-    monkeypatch.setattr(smol_model, "row_block", lambda like, M, K, N: blocks.append((M, K, N)) or 5)
+    monkeypatch.setattr(smol_kernels, "row_block", lambda like, M, K, N: blocks.append((M, K, N)) or 5)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     layer = SmolLinear(24, 16, bias=False, dtype=torch.bfloat16)
     x = torch.randn(13, 1, 24).bfloat16().requires_grad_()
@@ -177,7 +174,7 @@ def test_a_model_whose_products_are_cut_has_the_same_loss_and_gradients(monkeypa
     model, ids = SmolForCausalLM(SmolConfig(**SMALL)).bfloat16().train(), torch.randint(0, SMALL["vocab_size"], (2, 32))
     found = []
     for block in (64, 32, 20):
-        monkeypatch.setattr(smol_model, "row_block", lambda like, M, K, N, block=block: min(block, M))
+        monkeypatch.setattr(smol_kernels, "row_block", lambda like, M, K, N, block=block: min(block, M))
         loss = model(input_ids=ids, labels=ids).loss
         found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for cut in found[1:]:
@@ -263,8 +260,8 @@ def test_rotary_positions_survive_a_dtype_change():
 @pytest.mark.parametrize("elements", [1, 33, 440, 10**6], ids="{} logits at once".format)
 def test_loss_equals_cross_entropy_of_the_logits(elements, trained, monkeypatch):
     """In one block and in several, in chunks of one row and of many, with rows added up to a multiple of 32 or not."""
-    monkeypatch.setitem(smol_model.LOSS_ELEMENTS, "cpu", elements)
-    monkeypatch.setattr(smol_model, "LOSS_BLOCK_ELEMENTS", 1)
+    monkeypatch.setitem(smol_kernels.LOSS_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(smol_kernels, "LOSS_BLOCK_ELEMENTS", 1)
     hidden, weight = torch.randn(70, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     labels = torch.randint(11, (70,)).index_fill(0, torch.randperm(70)[trained:], -100)
     naive = F.cross_entropy(hidden @ weight.T, labels, reduction="sum") * 0.25
@@ -277,14 +274,14 @@ def test_loss_equals_cross_entropy_of_the_logits(elements, trained, monkeypatch)
 @pytest.mark.parametrize("rows", [1, 128, 300], ids="{} rows".format)
 def test_the_loss_for_compilers_equals_cross_entropy(rows, monkeypatch):
     """Called by itself: in one block of at least 128 rows and in several, with each gradient asked for or not."""
-    monkeypatch.setitem(smol_model.LOSS_ELEMENTS, "else", 1)
+    monkeypatch.setitem(smol_kernels.LOSS_ELEMENTS, "else", 1)
     hidden, weight = torch.randn(rows, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     labels = torch.randint(11, (rows,)).index_fill(0, torch.arange(rows // 3), -100)
     naive = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     expected = torch.autograd.grad(naive, (hidden, weight))
     with torch.no_grad():
         for wanted in ((True, True), (True, False), (False, True), (False, False)):
-            loss, *found = smol_model.loss_of_all_tokens(hidden, weight, labels, *wanted)
+            loss, *found = loss_of_all_tokens(hidden, weight, labels, *wanted)
             torch.testing.assert_close(loss, naive)
             for asked, gradient, reference in zip(wanted, found, expected, strict=True):
                 assert (gradient is not None) == asked

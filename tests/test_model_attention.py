@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import smol_kernels
 import smol_model
-from smol_model import SmolConfig, SmolForCausalLM, block_attention, eager_attention
+from smol_kernels import block_attention
+from smol_model import SmolConfig, SmolForCausalLM, eager_attention
 
 SMALL = {
     "vocab_size": 89,
@@ -69,7 +71,7 @@ def pairs(kind: str, T: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("heads", [(9, 3), (4, 4), (4, 1)])
 def test_block_and_eager_attention_equal_the_textbook(kind, block, T, heads, monkeypatch):
     """Output and gradients, for lengths below, at and beyond a block and no multiple of it."""
-    monkeypatch.setattr(smol_model, "CPU_QUERY_BLOCK", block)
+    monkeypatch.setattr(smol_kernels, "CPU_QUERY_BLOCK", block)
     torch.manual_seed(0)
     shapes = [(2, number, T, 6) for number in (heads[0], heads[1], heads[1])]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -121,7 +123,7 @@ def run(model: SmolForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.T
 @pytest.mark.parametrize("block, T", [(8, 21), (256, 300)])
 def test_bf16_training_takes_the_blocks_and_equals_sdpa(kind, block, T, monkeypatch):
     """Against the fused kernel in bf16 within a tolerance, and no further from float32 than that kernel."""
-    monkeypatch.setattr(smol_model, "CPU_QUERY_BLOCK", block)
+    monkeypatch.setattr(smol_kernels, "CPU_QUERY_BLOCK", block)
     exact, batch = build(), rows_of(kind, T)
     reference, reference_grad = run(exact, batch)
     half = copy.deepcopy(exact).bfloat16()
@@ -291,6 +293,7 @@ FLASH_PROGRAM = """
 import json, sys, torch, flash_attn
 from transformers import modeling_flash_attention_utils
 sys.path.insert(0, sys.argv[1])
+import smol_kernels
 import smol_model
 from smol_model import SmolConfig, SmolForCausalLM
 # transformers asks for a GPU in two places

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import smol_model
-from smol_model import SmolConfig, SmolForCausalLM, SparseMoE, dispatch, grouped_linear
+from smol_kernels import grouped_linear
+from smol_model import SmolConfig, SmolForCausalLM, SparseMoE, dispatch
 
 SHAPE = {
     "vocab_size": 61,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
-import smol_model
+import smol_kernels
 import train_dpo
 import train_lora
 import train_tokenizer
@@ -324,8 +324,8 @@ def test_scoring_the_answers_alone_changes_none_of_their_scores(home, kind, monk
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_scores_of_tokens_are_those_of_the_whole_softmax(tokens, dtype, tolerance, monkeypatch) -> None:
     """Against the formulas in float64; several blocks of logits, and chunks that do not divide them."""
-    monkeypatch.setattr(smol_model, "LOSS_BLOCK_ELEMENTS", 32 * 50)
-    monkeypatch.setitem(smol_model.LOSS_ELEMENTS, "cpu", 7 * 50)
+    monkeypatch.setattr(smol_kernels, "LOSS_BLOCK_ELEMENTS", 32 * 50)
+    monkeypatch.setitem(smol_kernels.LOSS_ELEMENTS, "cpu", 7 * 50)
     random = torch.Generator().manual_seed(tokens)
     hidden, weight = torch.randn(tokens, 8, generator=random), torch.randn(50, 8, generator=random)
     targets = torch.randint(0, 50, (tokens,), generator=random)

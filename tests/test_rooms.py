@@ -1,4 +1,4 @@
-"""The arrows of the design: scripts → smolkit → smol_model, read from the import statements themselves."""
+"""The arrows of the design: scripts → smolkit → model → kernels, read from the import statements themselves."""
 
 import ast
 import re
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"smol_model"}
+MODEL = {"smol_model", "smol_kernels"}
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - MODEL
 ROOMS = sorted((ROOT / "smolkit").rglob("*.py"))
 # Rooms that serve requests or read data must start without a model library behind them.
 FORBIDDEN = {
@@ -51,8 +52,9 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def test_the_model_file_stands_alone() -> None:
+def test_the_model_file_stands_on_its_kernels_alone() -> None:
     assert not roots(ROOT / "smol_model.py") & (SCRIPTS | {"smolkit"})
+    assert not roots(ROOT / "smol_kernels.py") & (SCRIPTS | {"smolkit", "smol_model", "transformers"})
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=relative)

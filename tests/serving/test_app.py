@@ -361,7 +361,7 @@ def test_a_half_that_has_called_its_tool_goes_on_after_stop(
 @pytest.mark.slow
 def test_a_space_starts_without_arguments(root: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The files that the README copies are enough, and the models come from the environment."""
-    for name in ("app.py", "smol_model.py"):
+    for name in ("app.py", "smol_model.py", "smol_kernels.py"):
         shutil.copy(root / name, tmp_path)
     shutil.copytree(root / "smolkit", tmp_path / "smolkit")
     shutil.copytree(root / "docs" / "space", tmp_path, dirs_exist_ok=True)
