@@ -178,7 +178,8 @@ def pace(tokens: Sequence[int], starts: Sequence[float]) -> float:
 
 def real_tokens(batch: dict[str, torch.Tensor]) -> int:
     """Tokens without padding, as the scripts count them; takes the collator's own count out of the batch."""
-    return int(batch.pop("tokens", batch.get("attention_mask")).sum())
+    tokens = batch.pop("tokens", None)
+    return int(batch["attention_mask"].sum()) if tokens is None else tokens
 
 
 class Clocked:

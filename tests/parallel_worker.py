@@ -9,6 +9,7 @@ the whole model, and reports how far the two are apart.
 import json
 import os
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class Recorder(PretrainTrainer):
     """Keeps the micro-batches and the statistics of the router."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        self.seen.append({name: value.clone() for name, value in inputs.items()})
+        self.seen.append(deepcopy(dict(inputs)))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def observe_router(self, outputs: Any) -> None:
