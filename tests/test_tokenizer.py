@@ -1,5 +1,6 @@
 """train_tokenizer.py: trained and loaded tokenizers are lossless, reproducible, loadable; its refusals."""
 
+import copy
 import hashlib
 import json
 import random
@@ -14,6 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import train_tokenizer
 from smolkit.chat import CHAT_TEMPLATE, encode_text, render
+from smolkit.checkpoints import load_tokenizer, require_chat
 from smolkit.errors import UserError
 from smolkit.tokenizer import by_language, compare, llama_cpp_name, texts_of_files, train_bpe
 
@@ -67,6 +69,38 @@ def tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 # --- a trained tokenizer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (("{", "{{"), "unreadable tokenizer"),
+        (("<|im_start|>", "<|begin|>"), r"--tokenizer_type qwen, but the tokenizer has no <\|im_start\|>"),
+        (("<|endoftext|>", "<|end|>", '"pad_token"', '"no_pad"'), "the tokenizer has no pad token"),
+    ],
+)
+def test_directories_that_are_no_tokenizer_for_training(damage, message, directory: Path, tmp_path: Path) -> None:
+    """`damage`: words to replace, and by what."""
+    shutil.copytree(directory, tmp_path / "t")
+    for path in (tmp_path / "t").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        for old, new in zip(damage[::2], damage[1::2], strict=True):
+            text = text.replace(old, new)
+        path.write_text(text, encoding="utf-8")
+    kind = "qwen" if "qwen" in message else "auto"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path / "t", kind)
+
+
+def test_chat_needs_marks_and_an_end_that_is_no_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    require_chat(tokenizer, "t")
+    unmarked, same = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    unmarked.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(UserError, match="chat template has no generation marks; run train_tokenizer.py"):
+        require_chat(unmarked, "t")
+    same.pad_token = "<|im_end|>"
+    with pytest.raises(UserError, match="pad and chat end are the same token"):
+        require_chat(same, "t")
 
 
 def test_entries_and_control_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

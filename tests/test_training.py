@@ -250,6 +250,33 @@ def test_a_non_finite_loss_stops_before_the_update(world, tmp_path) -> None:
     assert torch.equal(trainer.model.model.layers[0].mlp.up_proj.weight, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_best_checkpoint_is_loaded_at_the_end_masters_and_all(world, tmp_path, dtype) -> None:
+    """A learning rate at which every step does harm: the first is the best. What it evaluates to is what is reported."""
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 9}
+    trainer = trainer_for(world, tmp_path, dtype=dtype, learning_rate=1.0, load_best_model_at_end=True, **every)
+    trainer.train()
+    losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    best = min(losses, key=losses.get)
+    assert best < 3 == max(losses) and trainer.state.best_global_step == best
+    assert trainer.last_evaluation()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    folder = tmp_path / "out" / f"checkpoint-{best}"
+    saved, optimizer = load_file(folder / "model.safetensors"), torch.load(folder / "optimizer.pt", weights_only=True)
+    names = dict(trainer.model.named_parameters())
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in names.items())
+    if dtype == torch.bfloat16:
+        masters = [state["master"] for state in optimizer["state"].values()]
+        assert all(any(torch.equal(value, master) for master in masters) for value in final_weights(trainer).values())
+
+
+def test_a_checkpoint_of_another_shape_is_named(world, tmp_path) -> None:
+    trainer = trainer_for(world, tmp_path)
+    other = SmolConfig(**{**trainer.model.config.to_dict(), "intermediate_size": 96, "model_type": "llama"})
+    SmolForCausalLM(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other: cannot load it: .*up_proj"):
+        trainer._load_from_checkpoint(str(tmp_path / "other"))
+
+
 # --- runs
 
 

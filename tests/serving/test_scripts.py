@@ -25,7 +25,7 @@ from smol_model import SmolForCausalLM
 from smolkit.chat import encode_text, render, save_tokenizer
 from smolkit.errors import UserError
 from smolkit.sampling import GenerationRequest
-from smolkit.serving import load_engine, newest_checkpoint, parse_loras
+from smolkit.serving import load_engine, newest_checkpoint, parse_loras, split_adapter
 
 from .conftest import TEXT, VLLM_FLAGS, WEATHER, ScriptedEngine, started, tiny_config
 
@@ -174,7 +174,7 @@ def test_chat_once_with_a_checkpoint(
 
 
 def test_bad_checkpoints(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One clear line each. In this process: importing PyTorch for every line would take minutes."""
     import serve_hf
@@ -213,6 +213,17 @@ def test_bad_checkpoints(
     config = json.loads((checkpoint / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     assert "cannot be loaded" in refused("--model_path", broken)
+    (broken / "tokenizer.json").write_text("{")
+    assert "the tokenizer cannot be loaded: " in refused("--model_path", broken)
+    shutil.copy(checkpoint / "tokenizer.json", broken)
+    (broken / "chat_template.jinja").unlink()
+    assert "the tokenizer has no chat template" in refused("--model_path", broken)
+    with pytest.raises(UserError, match="is an adapter itself: give the base model as --model_path"):
+        split_adapter(adapter, str(adapter))
+    nameless = shutil.copytree(adapter, tmp_path / "nameless")
+    settings = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    assert "does not name its base model" in refused("--model_path", nameless)
 
 
 def test_serve_vllm_arguments(checkpoint: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
