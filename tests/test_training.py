@@ -252,8 +252,8 @@ def test_a_non_finite_loss_stops_before_the_update(world, tmp_path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_best_checkpoint_is_loaded_at_the_end_masters_and_all(world, tmp_path, dtype) -> None:
-    """A learning rate at which every step does harm: the first is the best. What it evaluates to is what is reported."""
-    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 9}
+    """A learning rate at which every step does harm: the first is the best, and what it evaluates to is reported."""
+    every = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, save_total_limit=9)
     trainer = trainer_for(world, tmp_path, dtype=dtype, learning_rate=1.0, load_best_model_at_end=True, **every)
     trainer.train()
     losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
