@@ -40,7 +40,7 @@ from smolkit.model_card import prepared_datasets, write_card
 from smolkit.parallel import fsdp_version
 from smolkit.reporters import WANDB_RUN, join_wandb_run
 from smolkit.run_report import REPORT_FILES, RUN_FILES, write_report
-from smolkit.runtime import compute_dtype
+from smolkit.runtime import compute_dtype, supports_bf16
 from smolkit.shards import checksum, token_store
 
 SETTINGS_FILE = "run_settings.json"  # what the run was started with; changed settings are refused
@@ -155,7 +155,7 @@ def open_job(
     if finished and args.process_index == 0:
         print(f"{args.output_dir} is already trained with these settings; nothing to do")
     warnings = [] if finished else glance(files, eval_files)  # by every process: a problem must stop them all
-    warnings = [*notes, *warnings]
+    warnings = [*notes, *slow_arithmetic(dtype, args), *warnings]
     if args.process_index == 0:
         print("".join(f"warning: {warning}\n" for warning in warnings), end="", flush=True)
     save_dtype = dtype if stage.save_dtype == "auto" else compute_dtype(stage.save_dtype)
@@ -257,6 +257,13 @@ def weights_dtype(name: str, args: RunArguments) -> torch.dtype:
     if name == "bf16" and reason:
         raise UserError(f"--weights_dtype bf16 contradicts {reason}, which wants fp32 weights; leave one out")
     return torch.float32 if reason else compute_dtype(name)
+
+
+def slow_arithmetic(dtype: torch.dtype, args: RunArguments) -> list[str]:
+    """A word where bf16 was asked for and the device computes it in software."""
+    if (dtype != torch.bfloat16 and args.mixed_precision != "bf16") or supports_bf16(args.device):
+        return []
+    return ["this device has no instructions for bf16 and computes it many times slower than fp32: leave --bf16 out"]
 
 
 def run_settings(

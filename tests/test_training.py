@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from smolkit.errors import UserError
 from smolkit.manifest import MANIFEST, seal
 from smolkit.optimizer import LARGE, SLICE, MasterAdamW
 from smolkit.packing import PackedCollator, pack_blocks
-from smolkit.runs import SETTINGS_FILE, find_start, one_gpu_per_process
+from smolkit.runs import SETTINGS_FILE, find_start, one_gpu_per_process, slow_arithmetic
 from smolkit.shards import TokenStore
 from smolkit.training import final_weights
 
@@ -278,6 +279,17 @@ def test_a_checkpoint_of_another_shape_is_named(world, tmp_path) -> None:
 
 
 # --- runs
+
+
+def test_bf16_in_software_is_mentioned(tmp_path, monkeypatch) -> None:
+    """By default such a CPU gets fp32, and nothing is said."""
+    build = partial(PretrainTrainingArguments, output_dir=str(tmp_path), use_cpu=True)
+    plain, asked = build(), build(bf16=True)
+    for supported in (True, False):
+        monkeypatch.setattr("smolkit.runs.supports_bf16", lambda device, supported=supported: supported)
+        cases = ((torch.bfloat16, plain), (torch.float32, asked))
+        assert [len(slow_arithmetic(*case)) for case in cases] == [not supported] * 2
+        assert not slow_arithmetic(torch.float32, plain)
 
 
 def test_a_single_process_keeps_to_one_gpu(world, tmp_path, capsys) -> None:
