@@ -85,6 +85,8 @@ class SmolLinear(nn.Linear):
 
 
 def computes_side_by_side(x: Tensor) -> bool:
+    """Whether one product with several weights pays for putting them side by side: 5 % of a compiled step of
+    SmolLM2-135M on an H100; elsewhere it was not measured."""
     return x.is_cuda and torch.compiler.is_compiling()
 
 

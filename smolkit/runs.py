@@ -263,7 +263,7 @@ def slow_arithmetic(dtype: torch.dtype, args: RunArguments) -> list[str]:
     """A word where bf16 was asked for and the device computes it in software."""
     if (dtype != torch.bfloat16 and args.mixed_precision != "bf16") or supports_bf16(args.device):
         return []
-    return ["this device has no instructions for bf16 and computes it many times slower than fp32: leave --bf16 out"]
+    return ["this device has no instructions for bf16 and computes it many times slower than fp32: leave out --bf16"]
 
 
 def run_settings(
