@@ -29,6 +29,7 @@ import torch
 
 from smol_model import SmolConfig, count_parameters, preset_config
 from smolkit.errors import UserError
+from smolkit.runtime import supports_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -278,6 +279,17 @@ def parser(doc: str) -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=3, help="times every side is measured (default 3)")
     options.add_argument("--output", help="also write the JSON to this file")
     return options
+
+
+def add_dtype(options: argparse.ArgumentParser) -> None:
+    """`--dtype`, for benchmarks whose sides run in one dtype or another. The goals are those of bf16."""
+    told = "of every side (default: bf16; fp32 where it would be computed in software)"
+    options.add_argument("--dtype", choices=("bf16", "fp32"), help=told)
+
+
+def default_dtype(device: str = "cpu") -> str:
+    """What `--dtype` is when it is not given."""
+    return "bf16" if supports_bf16(torch.device(device)) else "fp32"
 
 
 def _worker(function: str, arguments: str) -> None:

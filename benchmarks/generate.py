@@ -2,7 +2,7 @@
 
   python -m benchmarks.generate --rounds 3
 
-SmolLM2-135M's shape with random bf16 weights, greedy, each side in its own process, taking turns:
+SmolLM2-135M's shape with random weights in bf16 (--dtype), greedy, each side in its own process, taking turns:
 
   engine        smolkit.engine.TorchEngine, one request per stream, as serve_hf.py uses it
   generate      SmolForCausalLM.generate
@@ -27,7 +27,7 @@ from benchmarks import common
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.engine import TorchEngine
 from smolkit.errors import UserError, run
-from smolkit.runtime import prepare
+from smolkit.runtime import compute_dtype, prepare
 from smolkit.sampling import GenerationRequest
 
 SIDES = ("engine", "generate", "transformers", "transformers+prepared")
@@ -74,13 +74,14 @@ def with_engine(engine: TorchEngine, prompts: Prompts, new: int) -> Prompts:
 
 
 def measure(
-    side: str, model: dict[str, Any], prompt: int, decode_prompt: int, new: int, streams: list[int], repeats: int
+    side: str, model: dict[str, Any], prompt: int, decode_prompt: int, new: int, streams: list[int], repeats: int,
+    dtype: str,
 ) -> dict[str, Any]:
     """Speeds of one side, in a process of its own."""
     if side != "transformers":
         prepare(0, huge_pages=True)
     config = SmolConfig(**model)
-    continue_prompts = generator(side, build(side, config, torch.bfloat16))
+    continue_prompts = generator(side, build(side, config, compute_dtype(dtype)))
     random = torch.Generator().manual_seed(0)
 
     def seconds(rows: int, length: int, count: int) -> float:
@@ -126,7 +127,7 @@ def compare(names: Sequence[str], model: dict[str, Any], rounds: int, **work: An
     targets = []
     for kind in kinds:
         for name, limit in TARGETS:
-            if name in names and "transformers" in names:
+            if name in names and "transformers" in names and work["dtype"] == "bf16":
                 target = common.Target(name, "speed", limit, "transformers")
                 targets.append({"kind": kind, **target.judge(ratios[kind][name]["transformers"]["median"])})
     rounded = {
@@ -153,11 +154,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--new", type=int, default=32, help="tokens decoded per stream (default 32)")
     options.add_argument("--streams", type=int, nargs="+", default=[1, 16], help="default 1 16")
     options.add_argument("--repeats", type=int, default=2, help="calls of each kind in a round (default 2)")
+    common.add_dtype(options)
     args = options.parse_args(argv)
     names = args.sides.split(",")
     if unknown := set(names) - set(SIDES):
         raise UserError(f"--sides: {', '.join(sorted(unknown))} unknown; sides: {', '.join(SIDES)}")
     work = {name: getattr(args, name) for name in ("prompt", "decode_prompt", "new", "streams", "repeats")}
+    work["dtype"] = args.dtype or common.default_dtype()
     report = compare(names, common.named_case(args.case).model, args.rounds, **work)
     return common.emit({"benchmark": "generate", "case": args.case, **report}, args.output)
 

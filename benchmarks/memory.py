@@ -3,12 +3,13 @@
   python -m benchmarks.memory --rounds 1 --models 29m 72m 135m
 
 For each model and strategy a real `Trainer` of this toolkit makes three steps on random tokens, in processes of its
-own: one process, or two gloo ranks for DDP, FSDP2 and ZeRO-1, -2, -3 (DeepSpeed). Measured is the peak of a process's
-resident set above that of the same process with a negligible model (imports, thread pools, the engine itself): the
-larger of two ranks. Building the model is over by then, and glibc is told to give freed blocks back, so that what
-counts is what a step has in use (torch.cuda.max_memory_allocated, on a GPU); the scripts tell it to keep them, for
-speed, and their resident set also holds what was in use before. The report has the estimate, the measured peak and
-estimate / measured, which has to lie within 15 % of 1.
+own: one process, or two gloo ranks for DDP, FSDP2 and ZeRO-1, -2, -3 (DeepSpeed). A CPU without products in bf16 takes
+the strategies in fp32 alone. Measured is the peak of a process's resident set above that of the same process with a
+negligible model (imports, thread pools, the engine itself): the larger of two ranks. Building the model is over by
+then, and glibc is told to give freed blocks back, so that what counts is what a step has in use
+(torch.cuda.max_memory_allocated, on a GPU); the scripts tell it to keep them, for speed, and their resident set also
+holds what was in use before. The report has the estimate, the measured peak and estimate / measured, which has to lie
+within 15 % of 1.
 """
 
 import json
@@ -42,26 +43,29 @@ MODELS: dict[str, dict[str, Any]] = {
     "135m": common.SMOLLM2_135M,
     "moe": common.shape(384, 8, 6, 2, 512, 16384, num_experts=8, num_experts_per_tok=2, capacity_factor=1.25),
 }
-RANKS = {"ddp": 1, "ddp-fp32": 1, "ddp-autocast": 1, "ddp x2": 2, "zero-1": 2, "zero-2": 2, "zero-3": 2, "fsdp2": 2}
+BF16 = {"ddp": 1, "ddp-autocast": 1, "ddp x2": 2, "zero-1": 2, "zero-2": 2, "zero-3": 2, "fsdp2": 2}  # ranks
+FP32 = {"ddp-fp32": 1, "ddp-fp32 x2": 2} | {f"{name}-fp32": 2 for name in ("zero-1", "zero-2", "zero-3", "fsdp2")}
+RANKS = BF16 | FP32
 LIMIT = 0.15
 STEPS = 3
 
 
 def engine_arguments(name: str) -> dict[str, Any]:
     """Arguments of the trainer for a strategy of the planner."""
+    narrow = {"bf16": name not in FP32}
     if name.startswith("zero"):
         zero = {"stage": int(name[5]), "reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
-        if name == "zero-3":
+        if zero["stage"] == 3:
             zero |= {"stage3_prefetch_bucket_size": ZERO_BUCKET // 10, "stage3_param_persistence_threshold": 10**5}
         sizes = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
         engine = {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **sizes}
         optimizer = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        return {"bf16": True, "deepspeed": engine | optimizer | {"gradient_clipping": "auto"}}
-    if name == "fsdp2":
+        return narrow | {"deepspeed": engine | optimizer | {"gradient_clipping": "auto"}}
+    if name.startswith("fsdp2"):
         wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
         wrap |= {"transformer_layer_cls_to_wrap": ["SmolDecoderLayer"]}
-        return {"bf16": True, "fsdp": True, "fsdp_config": wrap}
-    return {"bf16": True} if name == "ddp-autocast" else {}
+        return narrow | {"fsdp": True, "fsdp_config": wrap}
+    return narrow if name == "ddp-autocast" else {}
 
 
 class ResetPeak(TrainerCallback):
@@ -143,14 +147,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         return None
     options = common.parser(__doc__)
     options.add_argument("--models", nargs="+", default=["29m", "72m", "135m"], choices=list(MODELS))
-    options.add_argument("--strategies", nargs="+", default=list(RANKS), choices=list(RANKS))
+    options.add_argument("--strategies", nargs="+", choices=list(RANKS))
     args = options.parse_args(argv)
-    if not supports_bf16():
-        raise UserError("benchmarks.memory: this CPU has no bf16 products; the estimate assumes them")
+    strategies = args.strategies or list(RANKS if supports_bf16() else FP32)
+    if not supports_bf16() and (narrow := [name for name in strategies if name in BF16]):
+        raise UserError(f"benchmarks.memory: this CPU has no products in bf16, which {', '.join(narrow)} take")
     lines = []
-    base = {strategy: measure(NOTHING, strategy) for strategy in args.strategies}
+    base = {strategy: measure(NOTHING, strategy) for strategy in strategies}
     for model in args.models:
-        for strategy in args.strategies:
+        for strategy in strategies:
             guess = estimate(model, strategy)
             peaks = [measure(model, strategy) - base[strategy] for _ in range(args.rounds)]
             peak = sorted(peaks)[len(peaks) // 2]

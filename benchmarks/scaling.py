@@ -63,11 +63,11 @@ def exponents(xs: Sequence[int], costs: Sequence[float]) -> list[float]:
     return [round(math.log(cost / before) / math.log(x / x_before), 3) for (x_before, before), (x, cost) in pairs]
 
 
-def curve(points: dict[int, Point], names: Sequence[str], rounds: int, **counts: int) -> dict[str, Any]:
+def curve(points: dict[int, Point], names: Sequence[str], rounds: int, **work: Any) -> dict[str, Any]:
     """Measure every point of every side in turn; seconds and exponents by side and part of the step."""
     jobs = {}
     for x, point in points.items():
-        work = {name: point[name] for name in ("model", "batch", "length")} | counts
+        work |= {name: point[name] for name in ("model", "batch", "length")}
         for name in names:
             jobs[f"{name} {x}"] = partial(common.in_a_process, "benchmarks.train_step:measure", side=name, **work)
         jobs[f"matmul {x}"] = partial(common.in_a_process, "benchmarks.train_step:ceiling", **work)
@@ -95,20 +95,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--values", type=int, nargs="+", help=f"default {LENGTHS} tokens, {EXPERTS} experts")
     options.add_argument("--sides", default="ours,transformers", help="default ours,transformers")
     options.add_argument("--steps", type=int, default=3, help="measured steps of a point and round (default 3)")
+    common.add_dtype(options)
     args = options.parse_args(argv)
     names = args.sides.split(",")
     for name in names:
         Side(name)
     if args.values and (args.curve == "both" or len(args.values) < 2):
         raise UserError("--values needs two or more numbers and one --curve")
-    case, counts = common.named_case(args.case), {"steps": args.steps, "warmup": 1}
-    report = {"benchmark": "scaling", **common.environment()}
+    case, dtype = common.named_case(args.case), args.dtype or common.default_dtype()
+    work = {"steps": args.steps, "warmup": 1, "dtype": dtype}
+    report = {"benchmark": "scaling", **common.environment(), "dtype": dtype}
     if args.curve in ("length", "both"):
         points = length_points(case, args.values or LENGTHS)
-        report["length"] = curve(points, names, args.rounds, **counts)
+        report["length"] = curve(points, names, args.rounds, **work)
     if args.curve in ("experts", "both"):
         points = expert_points(EXPERT_MODEL, EXPERT_BATCH, args.values or EXPERTS)
-        report["experts"] = curve(points, names, args.rounds, **counts)
+        report["experts"] = curve(points, names, args.rounds, **work)
     return common.emit(report, args.output)
 
 

@@ -3,7 +3,7 @@
   python -m benchmarks.serving --vllm_python /path/to/env/bin/python --rounds 3
   python -m benchmarks.serving --case moe-85m --vllm_python /path/to/env/bin/python
 
-A model of the case's shape with random bf16 weights, greedy, every side in its own process, taking turns:
+A model of the case's shape with random weights in bf16 (--dtype), greedy, every side in its own process, taking turns:
 
   engine        smolkit.engine.TorchEngine with token ids
   transformers  AutoModelForCausalLM.generate: whatever waits becomes one padded batch, run to its longest answer
@@ -44,11 +44,12 @@ from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.chat import add_chat_tokens, render, save_tokenizer
 from smolkit.engine import TorchEngine
 from smolkit.errors import UserError, run
-from smolkit.runtime import prepare
+from smolkit.runtime import compute_dtype, prepare
 from smolkit.sampling import GenerationRequest
 
 ENGINES, SERVERS = ("engine", "transformers", "vllm"), ("serve_hf", "serve_vllm", "vllm_server")
 NEEDS_VLLM = ("vllm", "serve_vllm", "vllm_server")
+VLLM_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 LOADS = ("one", "many", "mixed")
 # (load, quantity, side, peer, limit): quantity "speed" must reach the limit, "ttft" must not pass it.
 TARGETS = (
@@ -121,16 +122,16 @@ def texts_of(load: Load) -> list[str]:
 # --- sides --------------------------------------------------------------------------------------------------
 
 
-def measure(side: str, directory: str, loads: dict[str, Load]) -> dict[str, Any]:
+def measure(side: str, directory: str, loads: dict[str, Load], dtype: str) -> dict[str, Any]:
     """Speeds and first-token times of one side, in a process of its own."""
     if side not in ("transformers", "vllm", "serve_vllm", "vllm_server"):
         prepare(0, huge_pages=True)
     if side == "transformers":
-        return with_transformers(directory, loads)
+        return with_transformers(directory, loads, dtype)
     if side in SERVERS:
-        with server(side, directory) as url:
+        with server(side, directory, dtype) as url:
             return asyncio.run(with_client(url, directory, loads))
-    return asyncio.run(with_engine(side, directory, loads))
+    return asyncio.run(with_engine(side, directory, loads, dtype))
 
 
 async def drive(stream: Stream, loads: dict[str, Load]) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def summary(load: Load, times: Sequence[tuple[float, float]]) -> dict[str, float
     return {"speed": sum(new for *_, new in load) / max(end for _, end in times), "ttft": p95}
 
 
-async def with_engine(side: str, directory: str, loads: dict[str, Load]) -> dict[str, Any]:
+async def with_engine(side: str, directory: str, loads: dict[str, Load], dtype: str) -> dict[str, Any]:
     """Our engine or vLLM's, fed the token ids that the servers would make."""
     tokenizer, length = PreTrainedTokenizerFast.from_pretrained(directory), context_of(directory)
     if side == "vllm":
@@ -169,10 +170,11 @@ async def with_engine(side: str, directory: str, loads: dict[str, Load]) -> dict
 
         from smolkit.vllm_engine import VllmEngine
 
-        args = AsyncEngineArgs(model=directory, dtype="bfloat16", max_num_seqs=MAX_NUM_SEQS, max_model_len=length)
+        limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": length}
+        args = AsyncEngineArgs(model=directory, dtype=VLLM_DTYPES[dtype], **limits)
         engine = VllmEngine(args, model_name="m", vocab_limit=len(tokenizer))
     else:
-        model = SmolForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        model = SmolForCausalLM.from_pretrained(directory, dtype=compute_dtype(dtype))
         engine = TorchEngine(model, max_num_seqs=MAX_NUM_SEQS, max_model_len=length, budget=2**31)
 
     async def stream(text: str, new: int) -> AsyncIterator[int]:
@@ -192,16 +194,16 @@ def context_of(directory: str) -> int:
 
 
 @contextmanager
-def server(side: str, directory: str) -> Iterator[str]:
+def server(side: str, directory: str, dtype: str) -> Iterator[str]:
     """A server process; gives its URL."""
     common_flags = ["--max_num_seqs", str(MAX_NUM_SEQS), "--max_model_len", str(context_of(directory))]
-    vllm_flags = ["--dtype", "bfloat16", *common_flags]
+    vllm_flags = ["--dtype", VLLM_DTYPES[dtype], *common_flags]
     if side == "vllm_server":
         port = "8417"
         command = ["-m", "benchmarks.vllm_server", "--model", directory, "--served_model_name", "m", *vllm_flags]
         command += ["--port", port, "--host", "127.0.0.1"]
     else:
-        flags = common_flags if side == "serve_hf" else vllm_flags
+        flags = ["--dtype", dtype, *common_flags] if side == "serve_hf" else vllm_flags
         command = [f"{side}.py", "--model_path", directory, "--served_model_name", "m", "--port", "0", *flags]
     with tempfile.NamedTemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, *command], cwd=common.ROOT, stdout=log, stderr=log)
@@ -252,12 +254,12 @@ async def with_client(url: str, directory: str, loads: dict[str, Load]) -> dict[
         return await drive(stream, loads)
 
 
-def with_transformers(directory: str, loads: dict[str, Load]) -> dict[str, Any]:
+def with_transformers(directory: str, loads: dict[str, Load], dtype: str) -> dict[str, Any]:
     """Static batches of what has arrived, padded on the left, each run to its longest answer."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=compute_dtype(dtype)).eval()
 
     def batch(texts: Sequence[str], new: int) -> None:
         prompts = [render(tokenizer, messages_of(text), add_generation_prompt=True).input_ids for text in texts]
@@ -296,7 +298,7 @@ def compare(names: Sequence[str], case: str, rounds: int, vllm_python: str | Non
         for name in names:
             python = vllm_python if name in NEEDS_VLLM else sys.executable
             call = partial(common.in_a_process, "benchmarks.serving:measure", python=python)
-            jobs[name] = partial(call, side=name, directory=directory, loads=loads)
+            jobs[name] = partial(call, side=name, directory=directory, loads=loads, dtype=work["dtype"])
         results = common.take_turns(jobs, rounds, show)
     figures = {
         load: {
@@ -307,7 +309,7 @@ def compare(names: Sequence[str], case: str, rounds: int, vllm_python: str | Non
     }
     targets = []
     for load, quantity, side, peer, limit in TARGETS:
-        if load in loads and side in names and peer in names:
+        if load in loads and side in names and peer in names and work["dtype"] == "bf16":
             of = figures[load][quantity]
             ratio = common.ratio_by_round(of[side], of[peer])
             met = ratio["median"] >= limit if quantity == "speed" else ratio["median"] <= limit
@@ -336,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--prompt", type=int, default=64, help="characters, one token each, of a message (default 64)")
     options.add_argument("--new", type=int, default=64, help="tokens of an answer (default 64)")
     options.add_argument("--gap", type=float, default=0.25, help="seconds between late arrivals (default 0.25)")
+    common.add_dtype(options)
     args = options.parse_args(argv)
     everybody = [name for name in ENGINES + SERVERS if args.vllm_python or name not in NEEDS_VLLM]
     names = args.sides.split(",") if args.sides else everybody
@@ -347,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     work = {name: getattr(args, name) for name in ("loads", "prompt", "new", "gap")}
+    work["dtype"] = args.dtype or common.default_dtype()
     report = compare(names, args.case, args.rounds, args.vllm_python, **work)
     report["versions_of_vllm"] = _vllm_version(args.vllm_python)
     return common.emit({"benchmark": "serving", "case": args.case, **report}, args.output)

@@ -14,7 +14,8 @@ A step is forward, backward, clipping to norm 1, AdamW. Sides, each in its own p
 
 A side takes options: +prepared (smolkit.runtime.prepare for a peer too), +dropless (ours without a capacity limit),
 +compile, +regions (accelerate's regional compilation: a block is compiled once), +eager, +sdpa, +flash (attention).
-`--sides ours,transformers,ours+eager` replaces the case's own list.
+`--sides ours,transformers,ours+eager` replaces the case's own list. `--dtype fp32`: fp32 weights, no autocast and the
+fused AdamW on all sides, as the scripts and the Trainer run where there is no bf16.
 
 Printed, one JSON object: hardware, versions, and for each side
   tokens_per_second  of each round (tokens of a step over its median time) and their median
@@ -39,11 +40,11 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.peers import PEERS
-from smol_model import SmolConfig, flops_per_token
+from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
 from smolkit.checkpoints import build_model
 from smolkit.errors import UserError, run
 from smolkit.optimizer import MasterAdamW
-from smolkit.runtime import KeptMemory, prepare
+from smolkit.runtime import KeptMemory, compute_dtype, prepare
 
 LEARNING_RATE, MAX_NORM, SEED = 1e-4, 1.0, 0
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
@@ -80,21 +81,25 @@ class Side:
         needed = {"litgpt": self.base == "litgpt", "flash_attn": "flash" in self.options}
         return next((package for package, need in needed.items() if need and not common.is_installed(package)), None)
 
-    def build(self, config: SmolConfig, length: int, device: torch.device) -> "Training":
+    def build(self, config: SmolConfig, device: torch.device, dtype: str = "bf16") -> "Training":
         """The model in training mode and its optimizer, random weights."""
         if self.base == "ours":
             if "dropless" in self.options:
                 config.capacity_factor = None
-            model = build_model(config, None, torch.bfloat16, self.attention or "sdpa").to(device)
-            compiled = bool(self.options & {"compile", "regions"})
-            optimizer = MasterAdamW(model.parameters(), lr=LEARNING_RATE, compiled=compiled)
+            model = build_model(config, None, compute_dtype(dtype), self.attention or "sdpa").to(device)
         else:
             options = {"attention": self.attention} if self.base == "transformers" else {}
             model = PEERS[self.base](config, **options).to(device)
+        optimizer: torch.optim.Optimizer
+        if self.base == "ours" and dtype == "bf16":
+            compiled = bool(self.options & {"compile", "regions"})
+            optimizer = MasterAdamW(model.parameters(), lr=LEARNING_RATE, compiled=compiled)
+        else:
             optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         model.train()
         called = compile_regions(model) if "regions" in self.options else model
-        return Training(model, optimizer, torch.compile(model) if "compile" in self.options else called)
+        called = torch.compile(model) if "compile" in self.options else called
+        return Training(model, optimizer, called, autocast=self.base != "ours" and dtype == "bf16")
 
 
 @dataclass
@@ -104,13 +109,14 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     called: nn.Module  # the model, or its compiled form
+    autocast: bool  # to bf16
 
     def gradients(self, ids: Tensor) -> Tensor:
         """Forward and backward of ids (B, T); the loss."""
-        if isinstance(self.optimizer, MasterAdamW):
+        if isinstance(self.model, SmolForCausalLM):
             loss = self.called(input_ids=ids, labels=ids, use_cache=False).loss
         else:
-            with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.autocast):
                 loss = self.called(ids)
         loss.backward()
         return loss.detach()
@@ -126,7 +132,8 @@ class Training:
 
 
 def measure(
-    side: str, model: dict[str, Any], batch: int, length: int, steps: int, warmup: int, device: str = "cpu"
+    side: str, model: dict[str, Any], batch: int, length: int, steps: int, warmup: int, device: str = "cpu",
+    dtype: str = "bf16",
 ) -> dict[str, Any]:
     """One side's run, in a process of its own: times, losses and memory of `warmup` + `steps` training steps."""
     chosen, where = Side(side), torch.device(device)
@@ -138,12 +145,12 @@ def measure(
     config, memory = SmolConfig(**model), common.Memory(where)
     # Imports and kernels loaded on first use are no part of a model's memory: a very small one has loaded them all. Not
     # compiled: the compiler would take the sizes that differ from the real ones for sizes that change.
-    small = chosen.build(SmolConfig(**model | {"num_hidden_layers": 1, "vocab_size": 256}), length, where)
+    small = chosen.build(SmolConfig(**model | {"num_hidden_layers": 1, "vocab_size": 256}), where, dtype)
     replace(small, called=small.model).gradients(torch.zeros(1, 16, dtype=torch.long, device=where))
     del small
 
     empty = memory.now()
-    training = chosen.build(config, length, where)
+    training = chosen.build(config, where, dtype)
     ids = torch.randint(config.vocab_size, (warmup + steps, batch, length), device=where)
     memory.reset_peak()
     start = memory.now()
@@ -223,7 +230,7 @@ class Product:
     inner: int
     outer: int
     count: int
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype
 
     @property
     def flops(self) -> int:
@@ -231,7 +238,7 @@ class Product:
         return 2 * self.rows * self.inner * self.outer * self.count
 
 
-def linear_products(config: SmolConfig, tokens: int) -> list[Product]:
+def linear_products(config: SmolConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[Product]:
     """The products of a step with weights: forward; each has two more of equal size in the backward pass.
 
     Experts are taken as evenly loaded and dropless.
@@ -239,9 +246,9 @@ def linear_products(config: SmolConfig, tokens: int) -> list[Product]:
     D, L = config.hidden_size, config.num_hidden_layers
     query, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     products = [
-        Product("q_proj", tokens, D, query, L),
-        Product("k_proj, v_proj", tokens, D, kv, 2 * L),
-        Product("o_proj", tokens, query, D, L),
+        Product("q_proj", tokens, D, query, L, dtype),
+        Product("k_proj, v_proj", tokens, D, kv, 2 * L, dtype),
+        Product("o_proj", tokens, query, D, L, dtype),
     ]
     rows, width, count = tokens, config.intermediate_size, L
     if config.num_experts:
@@ -250,9 +257,9 @@ def linear_products(config: SmolConfig, tokens: int) -> list[Product]:
         products.append(Product("router", tokens, D, config.num_experts, L, torch.float32))
     return [
         *products,
-        Product("gate_proj, up_proj", rows, D, width, 2 * count),
-        Product("down_proj", rows, width, D, count),
-        Product("lm_head", tokens, D, config.vocab_size, 1),
+        Product("gate_proj, up_proj", rows, D, width, 2 * count, dtype),
+        Product("down_proj", rows, width, D, count, dtype),
+        Product("lm_head", tokens, D, config.vocab_size, 1, dtype),
     ]
 
 
@@ -282,9 +289,11 @@ def linear_pass(product: Product, device: torch.device) -> Callable[[], None]:
     return once
 
 
-def attention_pass(config: SmolConfig, batch: int, length: int, device: torch.device) -> Callable[[], None]:
+def attention_pass(
+    config: SmolConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], None]:
     """Scores and weighted values of one layer with their four gradients, key heads shared by their query heads."""
-    make = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    make = partial(torch.randn, dtype=dtype, device=device)
     heads, Dh = batch * config.num_key_value_heads, config.head_dim
     rows = config.num_attention_heads // config.num_key_value_heads * length
     query, key, value = make(heads, rows, Dh), make(heads, length, Dh), make(heads, length, Dh)
@@ -303,14 +312,14 @@ def attention_pass(config: SmolConfig, batch: int, length: int, device: torch.de
 
 
 def ceiling(
-    model: dict[str, Any], batch: int, length: int, steps: int, warmup: int, device: str = "cpu"
+    model: dict[str, Any], batch: int, length: int, steps: int, warmup: int, device: str = "cpu", dtype: str = "bf16"
 ) -> dict[str, Any]:
     """Tokens per second if a step were its matrix products and nothing else."""
     prepare(SEED)
     config, where = SmolConfig(**model), torch.device(device)
-    products = linear_products(config, batch * length)
+    products = linear_products(config, batch * length, compute_dtype(dtype))
     linear = sum(seconds_of(linear_pass(product, where), steps, warmup, where) for product in products)
-    attention = seconds_of(attention_pass(config, batch, length, where), steps, warmup, where)
+    attention = seconds_of(attention_pass(config, batch, length, where, compute_dtype(dtype)), steps, warmup, where)
     flops = 3 * sum(product.flops for product in products)
     return {
         "tokens_per_second": batch * length / linear,
@@ -374,12 +383,13 @@ def ratios(name: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def compare(
-    case: common.Case, names: Sequence[str], rounds: int, device: str, peak: float | None, **counts: int
+    case: common.Case, names: Sequence[str], rounds: int, device: str, dtype: str, peak: float | None, **counts: int
 ) -> dict[str, Any]:
     """Measure all sides and the ceiling in turn, and put the report together. `peak`: FLOP/s of the device, for MFU."""
     absent = {name: f"{package} is not installed" for name in names if (package := Side(name).missing())}
     present = [name for name in names if name not in absent]
-    work = {"model": case.model, "batch": case.batch, "length": case.length, "device": device, **counts}
+    work = {"model": case.model, "batch": case.batch, "length": case.length, "device": device, "dtype": dtype}
+    work |= counts
     module = "benchmarks.train_step"
     jobs = {name: partial(common.in_a_process, f"{module}:measure", side=name, **work) for name in present}
     jobs["matmul"] = partial(common.in_a_process, f"{module}:ceiling", **work)
@@ -393,6 +403,7 @@ def compare(
     report = {
         **common.environment(),
         "model": common.describe(config, case.batch, case.length),
+        "dtype": dtype,
         "sides": sides,
         "absent": absent,
         "matmul": {
@@ -407,7 +418,8 @@ def compare(
     for name, each in flops.items():
         speed = {side: sides[side]["tokens_per_second"]["median"] for side in present if peak}
         report[name] = {side: tokens * each / peak for side, tokens in speed.items()}
-    report["targets"] = [target.judge(measured_value(target, sides, report)) for target in case.targets]
+    targets = case.targets if dtype == "bf16" else ()
+    report["targets"] = [target.judge(measured_value(target, sides, report)) for target in targets]
     return report
 
 
@@ -418,6 +430,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--steps", type=int, help="measured steps of a round (default: the case's)")
     options.add_argument("--warmup", type=int, help="steps before them (default: the case's)")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    common.add_dtype(options)
     options.add_argument("--peak", type=float, help="bf16 FLOP/s of the device, for MFU (H100: 989e12)")
     args = options.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -425,7 +438,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     case = common.named_case(args.case)
     names = args.sides.split(",") if args.sides else case.sides
     counts = {"steps": args.steps or case.steps, "warmup": case.warmup if args.warmup is None else args.warmup}
-    report = compare(case, names, args.rounds, args.device, args.peak, **counts)
+    dtype = args.dtype or common.default_dtype(args.device)
+    report = compare(case, names, args.rounds, args.device, dtype, args.peak, **counts)
     return common.emit({"benchmark": "train_step", "case": args.case, **report}, args.output)
 
 

@@ -30,6 +30,7 @@ from smolkit.doctor import (
     read_texts,
 )
 from smolkit.errors import UserError
+from smolkit.parallel import check_expert_parallel
 from smolkit.planner import GB, Work, amount, short
 from smolkit.runs import sharding_engine
 from smolkit.runtime import has_accelerator, supports_bf16
@@ -82,6 +83,7 @@ def make_plan(
     if config is None:
         return plan
     work = make_work(kind, stage, args, config)
+    check_expert_parallel(stage.expert_parallel_size, config, args, work.devices)
     total, active = count_parameters(config)
     plan["model"] = {
         "architecture": config.native_type(),
@@ -94,11 +96,12 @@ def make_plan(
         plan["model"]["padded_rows"] = config.vocab_size - len(tokenizer)
     plan["steps"] = steps = count_steps(kind, stage, args, work, data, find_before(stage, args))
     capacity, host, where = find_devices(stage, work)
-    lines = planner.compare(work, capacity, host)
+    asked = asked_strategy(args, stage)
+    lines = planner.compare(work, capacity, host, asked=asked, bf16=has_bf16(stage))
     plan["memory"] = {
         "device_bytes": capacity,
         "device": where,
-        "asked": asked_strategy(args, stage),
+        "asked": asked,
         "strategies": lines,
     }
     plan["time"] = find_time(kind, stage, args, work, steps)
@@ -110,7 +113,7 @@ def make_plan(
     if steps["steps"]:
         schedule = (steps["schedule"]["kind"], steps["schedule"]["warmup_steps"], steps["steps"])
         warnings += planner.check_schedule(*schedule, steps["extended_from"])
-    warnings += planner.check_fit(work, lines, asked_strategy(args, stage), capacity)
+    warnings += planner.check_fit(work, lines, asked, capacity)
     if getattr(stage, "ref_model_path", None) not in (None, getattr(stage, "model_path", None)):
         warnings.append("--ref_model_path is not --model_path: policy and reference have to start from one SFT model")
     return plan
@@ -218,14 +221,19 @@ def count_rows(file: Path, text_bytes: float) -> float:
 
 
 def find_before(stage: StageArguments, args: RunArguments) -> int | None:
-    """Steps of an earlier run in the output directory that this one extends; None when there is none."""
+    """Steps planned for the run in the output directory that this one extends, whatever it was extended by since; None
+    when there is none."""
     states = sorted(
         Path(args.output_dir).glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
     )
     try:
-        return json.loads(states[-1].read_text())["max_steps"]
+        steps = json.loads(states[-1].read_text())["max_steps"]
     except (IndexError, KeyError, ValueError, OSError):
         return None
+    try:
+        return steps - json.loads((states[-1].parent / "training_arguments.json").read_text())["additional_steps"]
+    except (KeyError, ValueError, OSError):  # written by another tool
+        return steps
 
 
 def find_devices(stage: StageArguments, work: Work) -> tuple[float | None, float | None, str]:
@@ -286,7 +294,7 @@ def count_steps(
     kind: str, stage: StageArguments, args: RunArguments, work: Work, data: dict[str, Any], before: int | None
 ) -> dict[str, Any]:
     """Tokens per step, steps, epochs and the schedule."""
-    if kind == "dpo":  # a row is a pair, not packed
+    if kind == "dpo" or not getattr(args, "packing", True):  # a row is a pair, or one conversation
         share = args.per_device_train_batch_size * work.accumulation * work.devices
         per_epoch = data["rows"] / share if data["rows"] else None
     else:
@@ -318,18 +326,23 @@ def count_steps(
     }
 
 
+def has_bf16(stage: StageArguments) -> bool:
+    """Whether the devices planned for compute in bf16: another machine's (`--device_memory`) do."""
+    return stage.device_memory is not None or supports_bf16()
+
+
 def asked_strategy(args: RunArguments, stage: StageArguments) -> str:
     """The planner's name for what the flags and the launcher ask for."""
+    wide = "-fp32" * (args.mixed_precision == "no")  # engines keep fp32 weights and compute in what --bf16 says
     if args.deepspeed_plugin is not None:
         engine = args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         offload = engine.get("offload_optimizer", {}).get("device", "none") != "none"
-        return f"zero-{engine.get('stage', 0)}" + "-offload" * offload
+        return f"zero-{engine.get('stage', 0)}" + "-offload" * offload + wide
     if sharding_engine(args):  # FSDP, by a flag or by accelerate's launcher
-        return "fsdp2"
+        return "fsdp2" + wide
     if args.mixed_precision != "no":
         return "ddp-autocast"
-    planned = stage.device_memory is not None  # for another machine, whose GPUs have bf16
-    fp32 = stage.weights_dtype == "fp32" or (stage.weights_dtype == "auto" and not planned and not supports_bf16())
+    fp32 = stage.weights_dtype == "fp32" or (stage.weights_dtype == "auto" and not has_bf16(stage))
     return "ddp-fp32" if fp32 else "ddp"
 
 
@@ -431,7 +444,7 @@ def _step_lines(steps: dict[str, Any]) -> list[str]:
         epochs = f", {steps['epochs']:.3g} epochs" if steps["epochs"] else ""
         lines.append(f"steps     {steps['steps']:,} ({steps['tokens']:,} tokens{epochs})")
     else:
-        lines.append("steps     unknown: give --data_tokens (--data_rows for pairs) or --max_steps")
+        lines.append("steps     unknown: give --data_tokens (--data_rows for pairs and without packing) or --max_steps")
     warmup = f", {schedule['warmup_steps']:,} steps of warmup" if schedule["warmup_steps"] is not None else ""
     lines.append(f"schedule  {schedule['kind']}, peak {schedule['learning_rate']:g}{warmup}")
     return lines

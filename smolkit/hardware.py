@@ -85,14 +85,20 @@ def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     M, K, N = PRODUCT
     a, b = (torch.full(shape, 0.01, dtype=dtype, device=device) for shape in ((M, K), (K, N)))
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
-    best, begin = float("inf"), time.perf_counter()
-    a @ b  # the first one compiles or chooses a kernel
-    wait()
-    while time.perf_counter() - begin < MEASURE_SECONDS or best == float("inf"):
+
+    def seconds(rows: int) -> float:
         start = time.perf_counter()
-        a @ b
+        a[:rows] @ b
         wait()
-        best = min(best, time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    begin, few = time.perf_counter(), M // 64
+    seconds(few)  # the first one compiles or chooses a kernel
+    if (slow := seconds(few)) > MEASURE_SECONDS / 4:  # bf16 in software: the whole product would take half a minute
+        return 2 * few * K * N / slow
+    best = seconds(M)
+    while time.perf_counter() - begin < MEASURE_SECONDS:
+        best = min(best, seconds(M))
     return 2 * M * K * N / best
 
 

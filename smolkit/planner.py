@@ -219,19 +219,35 @@ def _zero(stage: int, width: int, offload: bool = False) -> Callable[[Work], Mem
     return state
 
 
-ZERO_BUCKET = (
-    5 * 10**8
-)  # elements of a bucket in accelerate_offload/; "auto" of the ZeRO-3 files is hidden_size squared
+# elements of a bucket in accelerate_offload/; "auto" of the ZeRO-3 files is hidden_size squared
+ZERO_BUCKET = 5 * 10**8
+
+
+def _engines(width: int) -> list[Strategy]:
+    """The sharding engines, computing in bf16 (--bf16) or, `width` 4, in fp32."""
+
+    def engine(name: str, how: str, state: Callable[[Work], Memory], engine: str, least: int = 2) -> Strategy:
+        narrow = width == 2
+        autocast = narrow and engine == "fsdp"
+        how += ", --bf16" if narrow else ", in fp32"
+        return Strategy(name + "-fp32" * (not narrow), how, state, width, autocast, least, engine)
+
+    return [
+        engine("zero-1", "DeepSpeed, optimizer state split", _zero(1, width), "zero1"),
+        engine("zero-2", "DeepSpeed, and gradients", _zero(2, width), "zero2"),
+        engine("fsdp2", "FSDP2, everything split", _fsdp(width), "fsdp"),
+        engine("zero-3", "DeepSpeed, and weights", _zero(3, width), "zero3"),
+        engine("zero-2-offload", "optimizer in the host's memory", _zero(2, width, True), "zero2", 1),
+        engine("zero-3-offload", "the same with weights split", _zero(3, width, True), "zero3", 1),
+    ]
+
+
 STRATEGIES: tuple[Strategy, ...] = (
     Strategy("ddp", "bf16 weights, fp32 masters (the default)", _replicated(2, 12)),
     Strategy("ddp-fp32", "--weights_dtype fp32", _replicated(4, 8), width=4),
     Strategy("ddp-autocast", "--bf16: fp32 weights under autocast", _replicated(4, 8, True), autocast=True),
-    Strategy("zero-1", "DeepSpeed, optimizer state split", _zero(1, 2), needs_devices=2, engine="zero1"),
-    Strategy("zero-2", "DeepSpeed, and gradients", _zero(2, 2), needs_devices=2, engine="zero2"),
-    Strategy("fsdp2", "FSDP2, everything split", _fsdp(2), autocast=True, needs_devices=2, engine="fsdp"),
-    Strategy("zero-3", "DeepSpeed, and weights", _zero(3, 2), needs_devices=2, engine="zero3"),
-    Strategy("zero-2-offload", "optimizer in the host's memory", _zero(2, 2, True), engine="zero2"),
-    Strategy("zero-3-offload", "the same with weights split", _zero(3, 2, True), engine="zero3"),
+    *_engines(2),
+    *_engines(4),
 )
 
 
@@ -302,14 +318,21 @@ def memory(work: Work, strategy: Strategy) -> Memory:
     )
 
 
-def compare(work: Work, capacity: float | None, host: float | None = None) -> list[dict[str, Any]]:
+def compare(
+    work: Work, capacity: float | None, host: float | None = None, *, asked: str | None = None, bf16: bool = True
+) -> list[dict[str, Any]]:
     """One line per strategy: its memory, and whether it fits into `capacity` bytes of a device and `host` of a machine.
 
+    Listed are the strategy `asked` for and those that make sense: on devices without `bf16` what computes in fp32, on
+    others the engines in bf16 alone.
     `fits` is None where nothing is known of the device. A strategy that does not fit says whether it would with
     gradient checkpointing.
     """
     lines = []
     for strategy in STRATEGIES:
+        listed = strategy.width == 2 or strategy.engine == "ddp" if bf16 else strategy.width == 4
+        if not listed and strategy.name != asked:
+            continue
         if strategy.needs_devices > work.devices or (work.device == "cpu" and "offload" in strategy.name):
             continue
         if work.base_bits and strategy.engine != "ddp":

@@ -110,11 +110,12 @@ def test_the_ceiling_multiplies_what_a_real_step_multiplies() -> None:
     assert attention.get_total_flops() == 3 * train_step.attention_flops(config, 2, 16)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", ["ours", "transformers"])
-def test_static_memory_is_sixteen_bytes_per_parameter(name: str) -> None:
+def test_static_memory_is_sixteen_bytes_per_parameter(name: str, dtype: str) -> None:
     """fp32: weight, gradient, two moments; bf16 with masters: 2 + 2 + 4 + 8."""
     config = SmolConfig(**DENSE)
-    training = train_step.Side(name).build(config, 16, torch.device("cpu"))
+    training = train_step.Side(name).build(config, torch.device("cpu"), dtype)
     training.gradients(torch.randint(config.vocab_size, (1, 16)))
     training.update()
     parameters = 83 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
@@ -125,9 +126,10 @@ def test_static_memory_is_sixteen_bytes_per_parameter(name: str) -> None:
 # --- the reports --------------------------------------------------------------------------------------------
 
 
-def test_the_training_report_adds_up(toy, capsys, tmp_path) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_training_report_adds_up(dtype, toy, capsys, tmp_path) -> None:
     output = tmp_path / "report.json"
-    train_step.main(["--case", "toy", "--rounds", "2", "--steps", "1", "--output", str(output)])
+    train_step.main(["--case", "toy", "--rounds", "2", "--steps", "1", "--dtype", dtype, "--output", str(output)])
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads(output.read_text())
     sides = report["sides"]
@@ -146,6 +148,9 @@ def test_the_training_report_adds_up(toy, capsys, tmp_path) -> None:
     share = sum(a / b for a, b in zip(ours, ceiling, strict=True)) / 2
     assert report["share_of_matmul"]["ours"] == pytest.approx(share, abs=0.01)
     assert report["model"]["parameters"] == SmolForCausalLM(SmolConfig(**DENSE)).num_parameters()
+    if dtype == "fp32":
+        assert report["targets"] == [], "the goals are those of bf16"
+        return
     speed, matmul, gone = report["targets"]
     assert speed["measured"] == ratios["median"] and matmul["measured"] == report["share_of_matmul"]["ours"]
     assert gone["measured"] is gone["met"] is None
@@ -160,7 +165,7 @@ def test_targets_are_judged() -> None:
 
 def test_the_generation_report_has_every_kind_and_side(toy, capsys) -> None:
     sizes = ["--prompt", "8", "--decode_prompt", "4", "--new", "3", "--streams", "2", "--repeats", "1"]
-    generate.main(["--case", "toy", "--rounds", "1", "--sides", "engine,transformers", *sizes])
+    generate.main(["--case", "toy", "--rounds", "1", "--sides", "engine,transformers", "--dtype", "bf16", *sizes])
     report = json.loads(capsys.readouterr().out)
     assert {kind: set(of) for kind, of in report["tokens_per_second"].items()} == {
         "prefill": {"engine", "transformers"},

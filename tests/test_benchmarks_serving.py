@@ -42,8 +42,8 @@ def test_sides_answer_every_request(tmp_path: Path) -> None:
     serving.write_model(str(tmp_path), TOY)
     loads = {"mixed": serving.load_of("mixed", 8, 4, 0.001)}
     for result in (
-        asyncio.run(serving.with_engine("engine", str(tmp_path), loads)),
-        serving.with_transformers(str(tmp_path), loads),
+        asyncio.run(serving.with_engine("engine", str(tmp_path), loads, "fp32")),
+        serving.with_transformers(str(tmp_path), loads, "fp32"),
     ):
         assert result["mixed"]["speed"] > 0 < result["mixed"]["ttft"]
 

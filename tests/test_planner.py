@@ -45,6 +45,8 @@ P = 64_000 + 2 * 36_992 + 64
         ("zero-3", 2, 2 * P // 2, 2 * P // 2, 12 * P // 2 + 4 * P // 2),
         ("fsdp2", 2, 4 * P // 2, 4 * P // 2, 8 * P // 2),
         ("zero-3-offload", 2, 2 * P // 2, 2 * P // 2, 0),
+        ("zero-2-fp32", 2, 4 * P, 4 * P // 2, 12 * P // 2),
+        ("fsdp2-fp32", 2, 4 * P // 2, 4 * P // 2, 8 * P // 2),
     ],
 )
 def test_state_of_each_strategy(name, devices, weights, gradients, optimizer) -> None:
@@ -63,6 +65,21 @@ def test_seven_billion_do_not_fit_under_plain_ddp() -> None:
     assert "110.6 GB of it weights, gradients and optimizer state" in warning
     assert "zero-1 fits" in warning
     assert planner.check_fit(work, lines, "zero-3", 80e9) == []
+
+
+def test_what_computes_in_bf16_is_not_offered_where_there_is_none() -> None:
+    work = Work(dense(), 1, 8, devices=2)
+
+    def offered(**options) -> list[str]:
+        return [line["strategy"] for line in planner.compare(work, None, **options) if "offload" not in line["strategy"]]
+
+    assert offered() == ["ddp", "ddp-fp32", "ddp-autocast", "zero-1", "zero-2", "fsdp2", "zero-3"]
+    assert offered(bf16=False, asked="zero-1-fp32") == [
+        "ddp-fp32", "zero-1-fp32", "zero-2-fp32", "fsdp2-fp32", "zero-3-fp32"
+    ]  # fmt: skip
+    # What was asked for has a line, sensible or not: an engine without --bf16, or --bf16 in software.
+    assert set(offered(asked="zero-3-fp32")) == {*offered(), "zero-3-fp32"}
+    assert set(offered(bf16=False, asked="ddp-autocast")) == {*offered(bf16=False), "ddp-autocast"}
 
 
 def test_expert_parallelism_splits_experts_only() -> None:

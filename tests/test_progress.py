@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 import train_pretrain
@@ -230,6 +231,16 @@ def test_bad_flags_leave_nothing_behind(world, tmp_path, more, message) -> None:
 
 
 # --- hardware
+
+
+def test_a_slow_product_is_measured_by_a_few_of_its_rows(monkeypatch) -> None:
+    """In software the whole one takes half a minute, at every start."""
+    monkeypatch.setattr(hardware, "MEASURE_SECONDS", 0.0)  # anything is slow
+    hardware._measured.cache_clear()
+    with FlopCounterMode(display=False) as counter:
+        assert hardware.peak(torch.device("cpu"), torch.float32).flops > 1e8
+    hardware._measured.cache_clear()
+    assert 0 < counter.get_total_flops() < 2 * math.prod(hardware.PRODUCT) / 16
 
 
 def test_peak_is_given_looked_up_or_measured(monkeypatch) -> None:
