@@ -188,7 +188,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # the sign is in `sin`
     if torch.compiler.is_compiling():  # which gets `out=` on a view wrong (torch 2.13) and fuses this anyway
-        return x * cos + swapped * sin
+        return (x * cos + swapped * sin).to(x.dtype)  # under autocast the angles are wider than x
     return torch.mul(x, cos, out=out).addcmul_(swapped, sin)
 
 

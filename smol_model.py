@@ -24,6 +24,7 @@ Shapes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -464,7 +465,7 @@ def eager_attention(
     query: Tensor,  # (B, H, T, Dh)
     key: Tensor,  # (B, K, S, Dh)
     value: Tensor,  # (B, K, S, Dh)
-    attention_mask: Tensor | None,  # additive, (B or 1, 1, T, S)
+    attention_mask: Tensor | None,  # additive, (B or 1, 1 or H, T, S)
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -476,7 +477,7 @@ def eager_attention(
     key, value = key.reshape(B * K, S, Dh), value.reshape(B * K, S, Dh)
     scores = torch.bmm(query, key.transpose(1, 2))  # (B*K, G*T, S)
     if attention_mask is not None:
-        scores.view(B, K, H // K, T, S).add_(attention_mask[:, :, None])
+        scores.view(B, K, H // K, T, S).add_(attention_mask.unflatten(1, (min(K, attention_mask.shape[1]), -1)))
     weights = F.softmax(scores, dim=-1)
     if dropout:
         weights = F.dropout(weights, dropout)
@@ -692,6 +693,8 @@ class SparseMoE(nn.Module):
     def __init__(self, config: SmolConfig):
         super().__init__()
         self.num_experts, self.capacity_factor = config.num_experts, config.capacity_factor
+        share = Fraction(config.capacity_factor or 0).limit_denominator(10**6) * config.num_experts_per_tok
+        self.share = (share / config.num_experts).as_integer_ratio()
         self.gate = Router(config)
         self.experts = Experts(config)
 
@@ -708,17 +711,20 @@ class SparseMoE(nn.Module):
         if not plan.complete:
             rows = rows.masked_fill(~plan.kept, 0.0)
         output = combine(rows, weights, plan).to(x.dtype).view_as(x)
-        return output, logits, router_stats(logits, probabilities, plan, real)
+        with torch.autocast(x.device.type, enabled=False):
+            return output, logits, router_stats(logits, probabilities, plan, real)
 
     def capacity(self, experts: Tensor, real: Tensor | None) -> Tensor | int:
-        """ceil(capacity_factor * k * tokens / E), over real tokens."""
+        """ceil(capacity_factor * k * tokens / E), over real tokens. Whole numbers: in floats 1.1 * 50 is above 55."""
         tokens: Any = len(experts) if real is None else real.sum()
-        limit = tokens * (self.capacity_factor * experts.shape[1] / self.num_experts)  # type: ignore[operator]  # None never asks
-        return math.ceil(limit) if real is None else limit.ceil()
+        return -(-tokens * self.share[0] // self.share[1])
 
 
 def router_stats(logits: Tensor, probabilities: Tensor, plan: Dispatch, real: Tensor | None) -> RouterStats:
-    """Losses and statistics of one router over real tokens; logits and probabilities (N, E), real (N,) or None."""
+    """Losses and statistics of one router over real tokens; logits and probabilities (N, E) in fp32, real (N,) or None.
+
+    Call it outside autocast, which would take the products to 16 bits.
+    """
     share = torch.full_like(logits[:, 0], 1 / len(logits)) if real is None else real / real.sum().clamp(min=1)  # (N,)
     slots = plan.load.sum().clamp(min=1)
     load = plan.load / slots
@@ -728,6 +734,11 @@ def router_stats(logits: Tensor, probabilities: Tensor, plan: Dispatch, real: Te
         entropy = share @ (log_partition - (probabilities * logits).sum(-1))
         dropped = 1 - plan.kept.sum() / slots
     return RouterStats(aux_loss, share @ log_partition.square(), load, entropy, dropped)
+
+
+def stack_stats(layers: Sequence[Sequence[Tensor]], device: torch.device) -> RouterStats:
+    """Those of all layers on one device: a device map may have spread the layers over several."""
+    return RouterStats(*(torch.stack([value.to(device) for value in values]) for values in zip(*layers, strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -863,7 +874,8 @@ class SmolModel(SmolPreTrainedModel):
         output_router_logits: bool | None = None,  # accepted because callers pass it; they are always returned
         **kwargs: Any,
     ) -> SmolModelOutput:
-        """With `attention_mask` None, position ids that restart inside a row separate packed documents.
+        """Position ids that restart inside a row separate packed documents, also beside an `attention_mask` (B, S) that
+        marks padding: there a document is what begins with a real token at position 0.
 
         A collator may also say where they begin, in transformers' keywords (see `document_bounds`): found out here, it
         takes a GPU that has finished its work.
@@ -893,7 +905,8 @@ class SmolModel(SmolPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs | bounds,
             )
-            hidden_states.append(x)
+            if output_hidden_states:
+                hidden_states.append(x)
             router.append(routing)
         x = self.norm(x)
         return SmolModelOutput(
@@ -901,9 +914,7 @@ class SmolModel(SmolPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             router_logits=tuple(logits for logits, *_ in router) if self.config.num_experts else None,
-            router_stats=RouterStats(*map(torch.stack, zip(*(stats for _, *stats in router), strict=True)))
-            if self.config.num_experts
-            else None,
+            router_stats=stack_stats([stats for _, *stats in router], x.device) if self.config.num_experts else None,
         )
 
     def attention(
@@ -923,11 +934,19 @@ class SmolModel(SmolPreTrainedModel):
         dropout = self.training and self.config.attention_dropout
         bounds, flash = {}, implementation.startswith("flash")
         varlen = implementation == "sdpa" and device == "cuda" and dtype.itemsize == 2 and not dropout
-        varlen = varlen and self.config.head_dim % 8 == 0 and self.config.head_dim <= 256  # what the kernel takes
+        varlen = varlen and self.config.head_dim % 8 == 0 and self.config.head_dim <= 256  # what the kernel takes,
+        varlen = varlen and torch.cuda.get_device_capability(x.device)[0] >= 8  # and where it runs
         masked = attention_mask is not None and attention_mask.dim() == 2
         if position_ids is not None and past_key_values is None and (masked or varlen or (flash and B > 1)):
             starts = F.pad(position_ids.diff() != 1, (1, 0)).expand(B, T)
-            if starts.any() if known_bounds is None else len(known_bounds) > B + 1:
+            packed: Any
+            if known_bounds is not None:
+                packed = len(known_bounds) > B + 1
+            elif masked:  # padding inside or beside a document makes positions jump as well
+                packed = ((position_ids == 0) & attention_mask.bool()).sum(-1).max() > 1  # type: ignore[union-attr]
+            else:
+                packed = starts.any()
+            if packed:
                 attention_mask = None  # packed: the positions of padding make it a document of its own
                 if varlen:
                     return varlen_attention, None, document_bounds(starts) if known_bounds is None else {}
@@ -940,15 +959,15 @@ class SmolModel(SmolPreTrainedModel):
             position_ids=position_ids,
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        short = 1 < T <= CPU_BLOCK_LENGTH and (mask is None or mask.shape[-1] == T)
+        short = 1 < T <= CPU_BLOCK_LENGTH and (mask is None or mask.shape[1] == 1 and mask.shape[-1] == T)
         if implementation == "sdpa" and device == "cpu" and dtype == torch.bfloat16 and short and not dropout:
             attend = block_attention
-            if mask is not None:
-                mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        if mask is not None and mask.dtype == torch.bool and attend is block_attention:
+            mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
         elif mask is not None and mask.is_floating_point():
             # Under autocast the scores are narrower than x, and the lowest float32 would become -inf: a row of padding,
             # which sees nothing, would be NaN.
-            mask = mask.to(dtype).clamp_(min=torch.finfo(dtype).min)
+            mask = mask.to(dtype).clamp(min=torch.finfo(dtype).min)
         if implementation == "sdpa" and T == 1 and not dropout:
             attend = one_query_attention
         return attend, mask, bounds
@@ -1039,7 +1058,8 @@ class SmolForCausalLM(SmolPreTrainedModel, GenerationMixin):
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None:
             count = (shift_labels != -100).sum()
-            total = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            total = count if num_items_in_batch is None else num_items_in_batch
+            total = total.clamp(min=1) if isinstance(total, Tensor) else max(1, total)
             loss = self.summed_loss(hidden, shift_labels) / total
             if stats and self.training:
                 router_loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss

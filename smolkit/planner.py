@@ -142,6 +142,10 @@ class Strategy:
     needs_devices: int = 1
     engine: str = "ddp"
 
+    @property
+    def offloads(self) -> bool:
+        return "offload" in self.name or "nvme" in self.name
+
 
 def _held(work: Work) -> tuple[int, int, int, int]:
     """Parameters: held, those trained among them, held when split over all devices, trained when split."""
@@ -190,9 +194,13 @@ def _fsdp(width: int) -> Callable[[Work], Memory]:
     return state
 
 
-def _zero(stage: int, width: int, offload: bool = False) -> Callable[[Work], Memory]:
+def _zero(stage: int, width: int, offload: str = "") -> Callable[[Work], Memory]:
     """DeepSpeed: weights in the compute dtype, fp32 masters and moments split from stage 1 on, gradients from 2,
-    weights from 3. To be applied, the split gradients exist in fp32 as well (DeepSpeed 0.19.8)."""
+    weights from 3. To be applied, the split gradients exist in fp32 as well (DeepSpeed 0.19.8).
+
+    `offload`: "host" for what accelerate_offload/ds_config.json moves to the machine's memory (at stage 2 all but the
+    weights), "nvme" for ds_zero3_nvme.json, after which gradients in the compute dtype are left of it there.
+    """
 
     def state(work: Work) -> Memory:
         held, all_trained, split, trained = _held(work)
@@ -211,9 +219,11 @@ def _zero(stage: int, width: int, offload: bool = False) -> Callable[[Work], Mem
             # step makes the fp32 gradients of its part, when buckets and activations are gone.
             buffers = whole if work.device == "cuda" else 0
             reducing = bucket * (1 if work.device == "cuda" else 2)
-            state_bytes, update = optimizer, max(reducing - gradients, 0 if offload else fp32_gradients, 0)
-        if offload:
-            return Memory(weights, gradients, 0, 0, 0, buffers, optimizer + fp32_gradients, update)
+            state_bytes, update = optimizer, max(reducing - gradients, fp32_gradients, 0)
+        if offload:  # gradients leave the device as they are reduced, for a flat buffer in the machine's memory
+            host: float = trained * width + (0 if offload == "nvme" else optimizer + fp32_gradients)
+            host += weights if stage == 3 and offload == "host" else 0
+            return Memory(0 if stage == 3 else weights, 0, 0, 0, 0, buffers, host)
         return Memory(weights, gradients, state_bytes, 0, 0, buffers, update=update)
 
     return state
@@ -237,8 +247,9 @@ def _engines(width: int) -> list[Strategy]:
         engine("zero-2", "DeepSpeed, and gradients", _zero(2, width), "zero2"),
         engine("fsdp2", "FSDP2, everything split", _fsdp(width), "fsdp"),
         engine("zero-3", "DeepSpeed, and weights", _zero(3, width), "zero3"),
-        engine("zero-2-offload", "optimizer in the host's memory", _zero(2, width, True), "zero2", 1),
-        engine("zero-3-offload", "the same with weights split", _zero(3, width, True), "zero3", 1),
+        engine("zero-2-offload", "gradients and optimizer in the host's memory", _zero(2, width, "host"), "zero2", 1),
+        engine("zero-3-offload", "weights, too: ds_config.json", _zero(3, width, "host"), "zero3", 1),
+        engine("zero-3-nvme", "on a disk: ds_zero3_nvme.json", _zero(3, width, "nvme"), "zero3", 1),
     ]
 
 
@@ -333,7 +344,7 @@ def compare(
         listed = strategy.width == 2 or strategy.engine == "ddp" if bf16 else strategy.width == 4
         if not listed and strategy.name != asked:
             continue
-        if strategy.needs_devices > work.devices or (work.device == "cpu" and "offload" in strategy.name):
+        if strategy.needs_devices > work.devices or (work.device == "cpu" and strategy.offloads):
             continue
         if work.base_bits and strategy.engine != "ddp":
             continue  # 4-bit weights cannot be split by these engines

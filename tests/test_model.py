@@ -329,6 +329,15 @@ def test_training_with_labels_never_makes_logits():
     torch.testing.assert_close(model(x, labels=x, logits_to_keep=1).loss, model(x, labels=x).loss)
 
 
+@pytest.mark.parametrize("items", [0, torch.tensor(0), None])
+def test_a_step_without_a_trained_token_has_no_loss_and_no_gradient(items):
+    """A row of one token, or whose labels are all ignored, may be alone in a step."""
+    model, x = build(**MOE).train(), tokens(1, 3)
+    loss = model(x, labels=torch.full_like(x, -100), num_items_in_batch=items).loss
+    loss.backward()
+    assert loss == 0 and not any(gradient.any() for gradient in gradients(model).values())
+
+
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False}, MOE])
 def test_loss_does_not_depend_on_how_a_batch_is_split(options):
     """Sum over the step's tokens / their number: micro-batches and padding change nothing but rounding."""
@@ -429,6 +438,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(options, reentrant):
     model.enable_input_require_grads()
     model(x, labels=x).loss.backward()
     assert_same_gradients(gradients(model), expected)
+
+
+def test_compiling_under_autocast():
+    """--bf16 true --torch_compile true: fp32 weights, and rows short enough for block attention."""
+    model, x = build(attn_implementation="sdpa").train(), tokens(2, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x, labels=x).loss
+        loss = torch.compile(model)(x, labels=x).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0)
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
 @pytest.mark.parametrize("options", [{}, {**MOE, "capacity_factor": 1.0}])

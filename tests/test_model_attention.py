@@ -173,6 +173,33 @@ def test_left_padding_under_autocast(options, attention):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_packed_rows_by_torchs_own_varlen_kernel(monkeypatch):
+    """Its arguments, on a CPU: a stand-in that computes document by document has to find them where they are."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    rows = ((3, 3), (3, 1, 2))  # lengths of the documents of two rows of 6
+    lengths = [length for row in rows for length in row]
+
+    def kernel(query, key, value, bounds, key_bounds, longest, longest_key, *, scale, window_size, enable_gqa=True):
+        assert query.shape == (12, 9, 8) and key.shape == value.shape == (12, 3, 8)  # tokens, heads, channels
+        assert bounds.tolist() == key_bounds.tolist() == [0, 3, 6, 9, 10, 12] and longest == longest_key == 3
+        assert window_size == (-1, 0) and scale == 8**-0.5, "causal, over the root of the channels"
+        documents = []
+        for part in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+            one = (x.transpose(0, 1)[None] for x in part)
+            documents.append(textbook(*one, torch.ones(len(part[0]), len(part[0])).bool().tril())[0])
+        return torch.cat(documents).to(query.dtype)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 9, 6, 8), torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    starts = torch.cat([restarting(*row) for row in rows]) == 0
+    document = starts.cumsum(-1)
+    allowed = (document[:, None, :, None] == document[:, None, None, :]) & torch.ones(6, 6).bool().tril()
+    bounds = smol_model.document_bounds(starts)
+    found, _ = smol_kernels.varlen_attention(None, query, key, value, None, scaling=8**-0.5, **bounds)
+    torch.testing.assert_close(found, textbook(query, key, value, allowed).float())
+
+
 def test_attention_dropout_removes_weights_and_scales_the_others():
     """With the identity as values the output is the weights: each is 0 or 1 / (1 - p) of what it was."""
     torch.manual_seed(0)

@@ -114,6 +114,10 @@ def test_an_evaluation_enters_the_card_when_it_is_written_again(runs):
     written = (runs / "base" / "README.md").read_text()
     update_card(runs / "base" / "README.md", METRICS | more)  # eval_model.py finds its section: nothing to change
     assert (runs / "base" / "README.md").read_text() == written
+    (runs / "base" / "README.md").write_text(before)  # and in a card that says "Not evaluated" it takes that back
+    update_card(runs / "base" / "README.md", METRICS | more)
+    updated = read_card(runs / "base" / "README.md")
+    assert "87.5" in updated.text and "Not evaluated" not in updated.text and "One run with seed 7" in updated.text
     found = {result.metric_type: (result.metric_value, result.dataset_name) for result in card.data.eval_results}
     assert found["qa_en"] == (0.875, "exam.jsonl") and found["bits_per_byte"] == (1.23456, "evaluation")
     assert "qa_en_n" not in found

@@ -48,7 +48,16 @@ CASES = {
     "llama-llama3": {"rope_parameters": LLAMA3},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True, "head_dim": 12, "tie_word_embeddings": False},
+    "qwen2-9:3-untied": {
+        "attention_bias": True,
+        "hidden_size": 72,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-yarn": {"qk_norm": True, "rope_parameters": YARN},
     "mixtral": EXPERTS,
+    "mixtral-untied-llama3": {**EXPERTS, "tie_word_embeddings": False, "rope_parameters": LLAMA3},
     "mixtral-misaligned": {**EXPERTS, "moe_intermediate_size": 22},
     "qwen3_moe": {**EXPERTS, "qk_norm": True},
     "qwen3_moe-unnormed": {**EXPERTS, "qk_norm": True, "norm_topk_prob": False},
@@ -103,6 +112,33 @@ def assert_same_function(ours: SmolForCausalLM, theirs: torch.nn.Module) -> None
     for name, parameter in ours.named_parameters():
         reference = theirs_by_name[name].grad
         torch.testing.assert_close(parameter.grad, reference, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", ["llama", "mixtral"])
+def test_masks_mean_what_they_mean_to_transformers(case, attention):
+    """Without position ids; with holes, after which positions go on or were counted through; (B or 1, 1 or H, T, S)."""
+    ours = build(case, attn_implementation=attention)
+    theirs = AutoModelForCausalLM.from_config(ours.config.to_native(), attn_implementation=attention).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x, holes = tokens(2, 8), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 1, 1, 1]])
+    causal = torch.full((8, 8), torch.finfo(torch.float32).min).triu(1)
+    by_head = causal.expand(2, 4, 8, 8).clone()
+    by_head[:, 1, 4:, :2] = torch.finfo(torch.float32).min
+    for inputs in (
+        {"attention_mask": holes},
+        {"attention_mask": holes, "position_ids": (holes.cumsum(-1) - 1).clamp(min=0)},
+        {"attention_mask": torch.ones_like(holes), "position_ids": torch.tensor([[0, 1, 2, 5, 6, 7, 8, 9]] * 2)},
+        {"attention_mask": causal[None, None]},
+        {"attention_mask": by_head},
+    ):
+        if case == "mixtral" and inputs["attention_mask"].dim() == 2:
+            continue  # padding is not routed here
+        kept = {name: value.clone() for name, value in inputs.items()}
+        real = inputs["attention_mask"].bool() if inputs["attention_mask"].dim() == 2 else torch.ones_like(x).bool()
+        found, expected = (model(x, **inputs).logits[real] for model in (ours, theirs))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert all(torch.equal(inputs[name], value) for name, value in kept.items()), "the caller's tensors are his own"
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -229,6 +265,13 @@ def test_dtype_and_device_map(case, tmp_path):
     error = (half(x).logits.float() - exact).abs().max()
     assert error < 0.05 * exact.abs().max()
     assert error < 2 * (theirs(x).logits.float() - exact).abs().max()
+
+
+def test_a_mask_of_its_own_in_bf16():
+    """A float mask meets the kernel for short rows in bf16, which otherwise gets a boolean one."""
+    model, x = build("llama", attn_implementation="sdpa").bfloat16(), tokens(1, 8)
+    mask = torch.full((1, 1, 8, 8), torch.finfo(torch.float32).min).triu(1)
+    torch.testing.assert_close(model(x, attention_mask=mask).logits, model(x).logits, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("case", FIVE)

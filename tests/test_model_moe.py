@@ -110,6 +110,14 @@ def test_unlimited_capacity_equals_dropless():
     torch.testing.assert_close(limited(x, None)[0], free(x, None)[0])
 
 
+@pytest.mark.parametrize("factor, limit", [(1.1, 55), (1.25, 63), (1.0, 50), (0.001, 1)])
+def test_capacity_is_rounded_up_in_whole_numbers(factor, limit):
+    """k = 2 of 8 experts, 200 tokens: 50 times the factor, padding or not."""
+    moe, experts = layer(capacity_factor=factor, num_experts=8), torch.zeros(200, 2)
+    assert moe.capacity(experts, None) == limit
+    assert moe.capacity(torch.zeros(300, 2), torch.arange(300) < 200) == limit
+
+
 def test_a_dropped_token_passes_through_the_residual_stream():
     moe = layer(capacity_factor=0.01).train()
     with torch.no_grad():
@@ -227,9 +235,12 @@ def test_statistics_come_back_per_layer():
 
 def test_router_stays_in_float32_under_autocast_and_in_bf16():
     moe, x = layer(), torch.randn(1, 4, 32)
+    expected = moe(x, None)[2]
     with torch.autocast("cpu", torch.bfloat16):
-        logits = moe(x, None)[1]
+        _, logits, stats = moe(x, None)
     torch.testing.assert_close(logits, F.linear(x[0], moe.gate.weight))
+    for name in stats._fields:  # losses and their gradients with them
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), msg=name)
     assert layer().bfloat16()(x.bfloat16(), None)[1].dtype == torch.float32
 
 

@@ -1,6 +1,7 @@
 """The planner's figures against numbers worked out by hand, and `--dry_run` as a user runs it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,8 @@ P = 64_000 + 2 * 36_992 + 64
         ("zero-2", 2, 2 * P, 2 * P // 2, 12 * P // 2),
         ("zero-3", 2, 2 * P // 2, 2 * P // 2, 12 * P // 2 + 4 * P // 2),
         ("fsdp2", 2, 4 * P // 2, 4 * P // 2, 8 * P // 2),
-        ("zero-3-offload", 2, 2 * P // 2, 2 * P // 2, 0),
+        ("zero-2-offload", 2, 2 * P, 0, 0),
+        ("zero-3-offload", 2, 0, 0, 0),
         ("zero-2-fp32", 2, 4 * P, 4 * P // 2, 12 * P // 2),
         ("fsdp2-fp32", 2, 4 * P // 2, 4 * P // 2, 8 * P // 2),
     ],
@@ -67,11 +69,22 @@ def test_seven_billion_do_not_fit_under_plain_ddp() -> None:
     assert planner.check_fit(work, lines, "zero-3", 80e9) == []
 
 
+def test_what_offloading_leaves_where() -> None:
+    """README: a few layers on the GPU, 20 bytes a parameter beside it (2 of bf16 weights and gradients each, 16 of fp32
+    masters, moments and gradients), or 2 when a disk has the rest."""
+    work = Work(preset_config("moe"), 1, 2048, gradient_checkpointing=True)
+    total, _ = planner.count_parameters(work.config)
+    host, disk = (memory(work, BY_NAME[name]) for name in ("zero-3-offload", "zero-3-nvme"))
+    assert (host.host, disk.host) == (20 * total, 2 * total)
+    assert host.peak == disk.peak < 20e9
+    assert memory(Work(dense(), 1, 8), BY_NAME["zero-2-offload"]).host == 18 * P
+
+
 def test_what_computes_in_bf16_is_not_offered_where_there_is_none() -> None:
     work = Work(dense(), 1, 8, devices=2)
 
     def offered(**options) -> list[str]:
-        return [line["strategy"] for line in planner.compare(work, None, **options) if "offload" not in line["strategy"]]
+        return [line["strategy"] for line in planner.compare(work, None, **options) if not line["host"]]
 
     assert offered() == ["ddp", "ddp-fp32", "ddp-autocast", "zero-1", "zero-2", "fsdp2", "zero-3"]
     assert offered(bf16=False, asked="zero-1-fp32") == [
@@ -235,6 +248,55 @@ def test_a_plan_from_what_is_there(tmp_path, capsys, monkeypatch) -> None:
 def test_mistakes_stay_mistakes(line, message, tmp_path) -> None:
     with pytest.raises(UserError, match=message):
         train_pretrain.main(["--data_path", "nowhere", "--dry_run", *line.split()])
+
+
+def test_experts_that_cannot_be_spread_are_refused_in_the_plan_too(capsys) -> None:
+    line = "--data_path nowhere --model_size tiny-moe --dry_run --data_tokens 1M --expert_parallel_size"
+    for size, devices, message in ((3, 6, "does not divide the 4 experts"), (4, 2, r"more than the 2 process\(es\)")):
+        with pytest.raises(UserError, match=message):
+            train_pretrain.main([*line.split(), str(size), "--num_devices", str(devices)])
+    train_pretrain.main([*line.split(), "4", "--num_devices", "8"])
+    with pytest.raises(UserError, match="PEFT's adapters know nothing of spread experts"):
+        train_dpo.main("--data_path n --model_path m --plan_model tiny-moe --num_devices 2 --dry_run --use_lora "
+                       "--expert_parallel_size 2".split())  # fmt: skip
+
+
+def test_an_adapter_in_the_plan(tmp_path, capsys) -> None:
+    """Of the base nothing but the adapter is trained, and its 50 conversations are packed unless they are not to be."""
+    talk = {"messages": [{"role": role, "content": "one two three " * 3} for role in ("user", "assistant")]}
+    (tmp_path / "sft.jsonl").write_text((json.dumps(talk) + "\n") * 50)
+    line = f"""--data_path {tmp_path}/sft.jsonl --base_model {tmp_path}/no --plan_model tiny --num_epochs 1 --lora_r 4
+        --output_dir {tmp_path}/out --num_devices 1 --lora_target q_proj"""
+    made = plan(capsys, train_lora.main, line)
+    tiny = preset_config("tiny")
+    heads = tiny.num_attention_heads * (tiny.head_dim or tiny.hidden_size // tiny.num_attention_heads)
+    assert made["model"]["trained_parameters"] == tiny.num_hidden_layers * 4 * (tiny.hidden_size + heads)
+    assert (made["data"]["rows"], made["steps"]["steps"]) == (50, 1)
+    for main, more in ((train_lora.main, line), (train_full_sft.main, line.partition("--lora_r")[0])):
+        assert plan(capsys, main, more + " --packing false")["steps"]["steps"] == 7, "8 of 50 conversations a step"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_extension_is_planned_once(tmp_path, capsys) -> None:
+    """Whether it has a checkpoint yet or not."""
+    line = f"""--data_path nowhere --model_size tiny --data_tokens 10M --max_steps 100 --additional_steps 50
+        --output_dir {tmp_path} --num_devices 1"""
+    assert plan(capsys, train_pretrain.main, line)["steps"]["steps"] == 150
+    for step, extra in ((100, 0), (120, 50)):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"max_steps": 100 + extra}))
+        (checkpoint / "training_arguments.json").write_text(json.dumps({"additional_steps": extra}))
+        os.utime(checkpoint / "trainer_state.json", (step, step))
+        steps = plan(capsys, train_pretrain.main, line)["steps"]
+        assert (steps["steps"], steps["extended_from"]) == (150, 100)
+
+
+def test_another_reference_than_the_start_is_pointed_out(capsys) -> None:
+    line = "--data_path n --model_path one --plan_model tiny --data_rows 100 --ref_model_path"
+    said = [plan(capsys, train_dpo.main, f"{line} {name}")["warnings"] for name in ("one", "two")]
+    found = [any("--ref_model_path is not --model_path" in warning for warning in warnings) for warnings in said]
+    assert found == [False, True]
 
 
 SCRIPTS = {
