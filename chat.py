@@ -27,9 +27,11 @@ from smolkit.clients import (
     Reply,
     add_loading_arguments,
     connected,
+    is_whole,
     read_tools,
     stream_chat,
     stream_text,
+    without_cut_calls,
 )
 from smolkit.errors import UserError, run
 from smolkit.files import atomic_writer
@@ -101,8 +103,12 @@ class Chat:
         """Stream the reply to the conversation so far onto stdout, and return it as a message."""
         reply = show(stream_chat(self.endpoint, self.messages, system=self.system, tools=self.tools, **self.options))
         for call in reply.tool_calls:
-            print(f"tool call: {call['function']['name']}({call['function']['arguments']})")
-        return reply.message()
+            end = ")" if is_whole(call) else " … cut off"
+            print(f"tool call: {call['function']['name']}({call['function']['arguments']}{end}")
+        message = without_cut_calls(reply.message())
+        if reply.tool_calls and not (message["content"] or message.get("tool_calls")):
+            raise UserError("the answer is a tool call that was cut off, and is not kept: raise --max_length")
+        return message
 
     def once(self, text: str) -> None:
         """One answer, or one continuation of the text."""

@@ -17,9 +17,10 @@ runs, and exits.
 
 import argparse
 import logging
+import signal
 from collections.abc import Sequence
 
-from smolkit.errors import run
+from smolkit.errors import UserError, run
 from smolkit.openai_api import create_app
 from smolkit.runtime import prepare
 from smolkit.serving import (
@@ -31,6 +32,7 @@ from smolkit.serving import (
     model_name_of,
     newest_checkpoint,
     parse_loras,
+    require_positive,
     serve,
     split_adapter,
     stop_ids_of,
@@ -63,7 +65,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_queue", type=int, default=256, help="requests that may wait; more get status 503")
     parser.add_argument("--threads", type=int, help="CPU threads of one operation; default: OMP_NUM_THREADS or all")
     add_server_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    require_positive(args, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_gib", "threads")
+    if args.max_queue < 0:
+        raise UserError(f"--max_queue {args.max_queue}: must be 0 or more")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_num_seqs=args.max_num_seqs,
         kv_cache_gib=args.kv_cache_gib,
         max_queue=args.max_queue,
+        on_death=lambda: signal.raise_signal(signal.SIGTERM),
         **batched,
     )
     app = create_app(
@@ -105,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         serve(app, sock, args.drain_seconds)
     finally:
         engine.close()
+    if engine.dead:
+        raise SystemExit("error: the device failed; the messages above say how")
 
 
 if __name__ == "__main__":

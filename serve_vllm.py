@@ -30,6 +30,7 @@ from smolkit.serving import (
     model_name_of,
     newest_checkpoint,
     parse_loras,
+    require_positive,
     serve,
     split_adapter,
     stop_ids_of,
@@ -57,6 +58,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     add_server_arguments(parser)
     args, rest = parser.parse_known_args(argv)
+    require_positive(args, "tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens", "max_num_seqs")
     if args.quantization == "fp8" and not torch.cuda.is_available():
         raise UserError("--quantization fp8: vLLM has fp8 kernels for GPUs only, and torch sees none; use int8 or int4")
     if args.quantization in ("int8", "int4") and {"float32", "float", "--dtype=float32", "--dtype=float"} & {*rest}:

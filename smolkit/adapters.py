@@ -123,6 +123,7 @@ def build_base(
         dtype=torch.bfloat16,
         attn_implementation=attention,
         quantization_config=four_bits,
+        use_safetensors=True,
         device_map={"": index},
     )
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from smolkit import openai_types as api
-from smolkit.chat import chat_stop_ids, encode_prompt, render
+from smolkit.chat import chat_stop_ids, encode_prompt, encode_text, render
 from smolkit.engine import DeadlineExceeded, Engine, EngineError
 from smolkit.errors import UserError
 from smolkit.grammar import Grammar, Grammars
 from smolkit.openai_types import ApiError
 from smolkit.sampling import GenerationRequest, TokenEvent
-from smolkit.text_stream import CallPart, Detokenizer, StopStrings, ToolCallStream
+from smolkit.text_stream import BYTE_TOKEN, CallPart, Detokenizer, StopStrings, ToolCallStream
 
 MAX_CHOICES_PER_REQUEST = 128
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -50,6 +50,7 @@ class Job:
     call_fragments: bool = False  # tool calls while they are written, instead of each as a whole
     single_call: bool = False
     echo: bool = False
+    continues: bool = False  # the answer goes on in the prompt's text, where a chat's begins one of its own
     prompt_only: bool = False  # echo with max_tokens 0: the engine's one token is thrown away
 
 
@@ -113,6 +114,7 @@ class Answers:
             max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
             logprobs=body.logprobs,
             echo=bool(body.echo),
+            continues=True,
             prompt_only=body.max_tokens == 0,
         )
 
@@ -148,7 +150,7 @@ class Answers:
                 allowed = ", ".join(self.template_kwargs) or "none"
                 message = f"chat_template_kwargs: {ascii(name[:64])} is not among those this server allows ({allowed})"
                 raise ApiError(400, message, param="chat_template_kwargs")
-        plain = [message.plain(number) for number, message in enumerate(messages)]
+        plain = [message.plain(number) for number, message in enumerate(api.in_call_order(messages))]
         try:
             return render(self.tokenizer, plain, tools or None, generation_prompt, kwargs).input_ids
         except UserError as error:
@@ -198,8 +200,10 @@ class Answers:
         **options: bool,
     ) -> Job:
         copies = body.n or 1
-        if copies * len(prompts) > MAX_CHOICES_PER_REQUEST:
-            message = f"{copies * len(prompts)} answers in one request, the limit is {MAX_CHOICES_PER_REQUEST}"
+        # More than the engine ever holds would be refused as busy for ever.
+        most = min(MAX_CHOICES_PER_REQUEST, getattr(self.engine, "capacity", MAX_CHOICES_PER_REQUEST))
+        if copies * len(prompts) > most:
+            message = f"{copies * len(prompts)} answers in one request, the limit is {most}"
             raise ApiError(400, message, param="n")
         requests = []
         for prompt_ids in prompts:
@@ -267,6 +271,8 @@ class Answers:
                 try:
                     async with asyncio.timeout_at(deadline):
                         event = await anext(events)
+                except StopAsyncIteration:  # an engine that is shut down may give up without a word
+                    raise EngineError("generation ended early") from None
                 except TimeoutError:
                     raise DeadlineExceeded(f"the request took longer than {self.timeout:g} seconds") from None
                 piece = text.push(event)
@@ -280,7 +286,8 @@ class _ChoiceText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, job: Job, index: int) -> None:
         self.tokenizer, self.job, self.index = tokenizer, job, index
-        self.detokenizer, self.stops = Detokenizer(tokenizer), StopStrings(job.stops)
+        before = job.requests[index].prompt_ids if job.continues and not job.echo else ()
+        self.detokenizer, self.stops = Detokenizer(tokenizer, before), StopStrings(job.stops)
         self.calls = ToolCallStream(job.call_fragments) if job.parse_tools else None
         self.num_tokens = 0
         self.decoded = self.shown = 0  # characters known, and characters past the stop strings
@@ -354,11 +361,24 @@ class _ChoiceText:
         return api.TokenLogprob(**self._token(token_id), logprob=logprob, top_logprobs=top)
 
     def _token(self, token_id: int) -> dict[str, Any]:
-        text = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-        written = self.tokenizer.convert_ids_to_tokens(token_id)
+        # As after another word: some decoders take a space from the beginning of a text.
+        word, start = self._word
+        text = self._decoded([*word, token_id])[start:]
+        written: Any = self.tokenizer.convert_ids_to_tokens(token_id)  # of one id: one str
+        if "\ufffd" in text and (byte := BYTE_TOKEN.fullmatch(written)):
+            return {"token": text, "bytes": [int(byte[1], 16)]}
         if "\ufffd" in text and all(character in _BYTE_OF for character in written):  # part of a character
             return {"token": text, "bytes": [_BYTE_OF[character] for character in written]}
-        return {"token": text, "bytes": list(text.encode())}  # type: ignore[union-attr]  # of one id: one str
+        return {"token": text, "bytes": list(text.encode())}
+
+    @cached_property
+    def _word(self) -> tuple[list[int], int]:
+        """An ordinary token for the others to stand after, and the length of its text."""
+        ids = encode_text(self.tokenizer, "a")[-1:]
+        return ids, len(self._decoded(ids))
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # type: ignore[return-value]  # one list
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:

@@ -7,7 +7,6 @@ English or Chinese, as the browser prefers.
 import contextlib
 import html
 import itertools
-import json
 import queue
 import threading
 import time
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 import gradio as gr
 import openai
 
-from smolkit.clients import Endpoint, Message, Reply, parse_tools, stream_chat, stream_text
+from smolkit.clients import Endpoint, Message, Reply, is_whole, parse_tools, stream_chat, stream_text
 from smolkit.errors import UserError
 from smolkit.token_view import probabilities_html
 
@@ -227,13 +226,8 @@ class Side:
             yield [gr.update(visible=False), *view]
 
     def waiting(self, messages: list[Message]) -> list[Any]:
-        """New values of `call`: the box for a result, where the conversation ends with a tool call.
-
-        An answer that was stopped before the arguments of a call were whole gets none.
-        """
+        """New values of `call`: the box for a result, where the conversation ends with a tool call."""
         calls = waiting_calls(messages)
-        if not all(is_json(call["function"]["arguments"]) for call in calls):
-            calls = []
         return [gr.update(visible=bool(calls)), gr.update(value="", info=called(calls[0]) if calls else None)]
 
     def cleared(self) -> list[Any]:
@@ -304,21 +298,13 @@ def together(streams: Sequence[Generator[T, None, None]]) -> Iterator[tuple[int,
 
 
 def waiting_calls(messages: Sequence[Message]) -> list[Message]:
-    """Tool calls of the last assistant message that have no result yet."""
+    """Tool calls of the last assistant message that have no result yet; those that were cut off get none."""
     said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not said or any(message["role"] == "user" for message in messages[said[-1] :]):
         return []
     answered = {message["tool_call_id"] for message in messages[said[-1] + 1 :]}
-    return [call for call in messages[said[-1]].get("tool_calls", []) if call["id"] not in answered]
-
-
-def is_json(text: str) -> bool:
-    """Whether the text is one whole JSON value."""
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+    calls = messages[said[-1]].get("tool_calls", [])
+    return [call for call in calls if call["id"] not in answered and is_whole(call)]
 
 
 def called(call: Message) -> str:

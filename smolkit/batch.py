@@ -45,6 +45,10 @@ class SequenceState:
         return self.length < self.prompt_length
 
 
+# What a step has for a sequence; an exception where only this one failed, which has left the batch then.
+Result = tuple[SequenceState, TokenEvent | Exception]
+
+
 class ContinuousBatch:
     """Sequences decoded together. They wait for a place, join between steps, and leave at their end or by `remove`.
 
@@ -133,7 +137,7 @@ class ContinuousBatch:
             sequence.row = None
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[SequenceState, TokenEvent]]:
+    def step(self) -> list[Result]:
         """One round for everybody: new tokens by sequence; finished ones have left the batch afterwards."""
         self._admit()
         return self._prefill() + self._decode()
@@ -170,12 +174,12 @@ class ContinuousBatch:
 
     # --- steps --------------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> list[tuple[SequenceState, TokenEvent]]:
+    def _prefill(self) -> list[Result]:
         """The next chunks of prompts."""
         pending = [sequence for sequence in self.running if sequence.in_prompt]
         if self.chunk is None:
             return self._run_chunks({sequence: sequence.prompt_length for sequence in pending}) if pending else []
-        results: list[tuple[SequenceState, TokenEvent]] = []
+        results: list[Result] = []
         plan = self._plan(pending, self.chunk)
         while plan:
             wave = {sequence: ends.pop(0) for sequence, ends in plan.items()}
@@ -210,7 +214,7 @@ class ContinuousBatch:
                     break
         return plan
 
-    def _run_chunks(self, ends: dict[SequenceState, int]) -> list[tuple[SequenceState, TokenEvent]]:
+    def _run_chunks(self, ends: dict[SequenceState, int]) -> list[Result]:
         """Run the prompts of sequences up to `ends`, and choose the first token where a prompt ends."""
         complete = [sequence.prompt_length == end for sequence, end in ends.items()]
         logits = self.decoder.prefill(
@@ -228,7 +232,7 @@ class ContinuousBatch:
             return []
         return self._choose_new([sequence for sequence, done in zip(ends, complete, strict=True) if done], logits)
 
-    def _decode(self) -> list[tuple[SequenceState, TokenEvent]]:
+    def _decode(self) -> list[Result]:
         """One token of every sequence that is past its prompt."""
         for sequence in [sequence for sequence in self.running if not sequence.in_prompt]:
             self._secure(sequence)
@@ -251,39 +255,47 @@ class ContinuousBatch:
             sequences, logits = [sequences[row] for row in decoded], logits[decoded]
         return self._choose_new(sequences, logits)
 
-    def _choose_new(self, sequences: Sequence[SequenceState], logits: Tensor) -> list[tuple[SequenceState, TokenEvent]]:
+    def _choose_new(self, sequences: Sequence[SequenceState], logits: Tensor) -> list[Result]:
         """`_choose`, but for sequences that are on their way back to where they gave way and know their next token."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.length == len(sequence.tokens)]
         if len(rows) < len(sequences):
             sequences, logits = [sequences[row] for row in rows], logits[rows]
         return self._choose(sequences, logits) if rows else []
 
-    def _choose(self, sequences: Sequence[SequenceState], logits: Tensor) -> list[tuple[SequenceState, TokenEvent]]:
+    def _choose(self, sequences: Sequence[SequenceState], logits: Tensor) -> list[Result]:
         """Sample from logits (R, V); sequences that end here leave the batch."""
-        allowed = logits[:, : self.vocab_size]
-        values, ids = allowed.max(-1)
+        values, ids = logits[:, : self.vocab_size].max(-1)
         best, finite = ids.tolist(), values.isfinite().tolist()
-        results = []
+        if not all(finite):
+            raise FloatingPointError("the model produced non-finite logits")
+        results: list[Result] = []
         for row, sequence in enumerate(sequences):
-            if not finite[row]:
-                raise FloatingPointError("the model produced non-finite logits")
-            request = sequence.request
-            token = best[row] if sequence.sampler.plain_greedy else sequence.sampler.pick(allowed[row])
-            sequence.tokens.append(token)
-            finish: FinishReason | None = None
-            if sequence.sampler.failed:
-                finish = "error"
-            elif token in request.stop_ids:
-                finish = "stop"
-            elif sequence.num_generated >= request.max_tokens:
-                finish = "length"
-            logprob, top = logprobs_of(logits[row], token, request.logprobs, self.vocab_size)
-            scores = self._prompt_scores(request) if sequence.num_generated == 1 else None
-            results.append((sequence, TokenEvent(token, logprob, top, finish, scores)))
+            try:
+                results.append((sequence, self._chosen(sequence, logits[row], best[row])))
+            except torch.AcceleratorError:  # the device's, and so everybody's
+                raise
+            except Exception as error:  # what one request asks for must not end the others
+                results.append((sequence, error))
         for sequence, event in results:
-            if event.finish_reason:
+            if isinstance(event, Exception) or event.finish_reason:
                 self.remove(sequence)
         return results
+
+    def _chosen(self, sequence: SequenceState, logits: Tensor, best: int) -> TokenEvent:
+        """The next token of a sequence from its logits (V,), of which `best` is the largest allowed one."""
+        request = sequence.request
+        token = best if sequence.sampler.plain_greedy else sequence.sampler.pick(logits[: self.vocab_size])
+        sequence.tokens.append(token)
+        finish: FinishReason | None = None
+        if sequence.sampler.failed:
+            finish = "error"
+        elif token in request.stop_ids:
+            finish = "stop"
+        elif sequence.num_generated >= request.max_tokens:
+            finish = "length"
+        logprob, top = logprobs_of(logits, token, request.logprobs, self.vocab_size)
+        scores = self._prompt_scores(request) if sequence.num_generated == 1 else None
+        return TokenEvent(token, logprob, top, finish, scores)
 
     def _prompt_scores(self, request: GenerationRequest) -> tuple[Scores, ...] | None:
         """What the prompt's own tokens were worth, where the request asks for it; see `TokenEvent`."""
@@ -342,6 +354,8 @@ def generate_batch(
                     batch.add(sequence)
                 order = order[free:]
             for sequence, event in batch.step():
+                if isinstance(event, Exception):
+                    raise event
                 answers[sequence].append(event.token_id)
         return [answers[s] for s in sorted(answers, key=index_of.__getitem__)]
     finally:

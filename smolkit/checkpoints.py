@@ -44,7 +44,7 @@ def load_tokenizer(directory: str | Path, kind: str = "auto") -> PreTrainedToken
     if not (directory / "tokenizer.json").is_file() and not (directory / "tokenizer_config.json").is_file():
         raise UserError(f"{directory}: no tokenizer there; train_tokenizer.py makes one")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: unreadable tokenizer: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -174,7 +174,7 @@ def load_config(
             f"{directory} a vocabulary of {config.vocab_size}; use the tokenizer the model was trained with"
         )
     if (directory / "tokenizer.json").is_file() and Path(tokenizer_directory).resolve() != directory.resolve():
-        if AutoTokenizer.from_pretrained(directory).get_vocab() != tokenizer.get_vocab():
+        if AutoTokenizer.from_pretrained(directory, trust_remote_code=False).get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"{tokenizer_directory} is not the tokenizer of {directory}; leave --tokenizer_path out to use its own"
             )
@@ -189,7 +189,9 @@ def build_model(
         config._attn_implementation = attention
         return SmolForCausalLM(config).to(dtype)  # type: ignore[arg-type]  # transformers hides its signature
     try:
-        return SmolForCausalLM.from_pretrained(directory, config=config, dtype=dtype, attn_implementation=attention)
+        return SmolForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"{directory}: cannot load the weights: {' '.join(str(error).split())}") from error
 

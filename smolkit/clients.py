@@ -58,6 +58,21 @@ class Reply:
         return {**message, "tool_calls": self.tool_calls} if self.tool_calls else message
 
 
+def is_whole(call: Message) -> bool:
+    """Whether the arguments of a tool call have come to their end: a JSON object."""
+    try:
+        return isinstance(json.loads(call["function"]["arguments"]), dict)
+    except ValueError:
+        return False
+
+
+def without_cut_calls(message: Message) -> Message:
+    """The message as a model may see it again: without tool calls that were stopped, or too long, before their end."""
+    calls = [call for call in message.get("tool_calls", []) if is_whole(call)]
+    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**rest, "tool_calls": calls} if calls else rest
+
+
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint is loaded here: flags for `dtype` and `device` of `connected`."""
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
@@ -173,7 +188,8 @@ def stream_chat(
         options["tools"] = list(tools)
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
-    conversation: Any = [{"role": "system", "content": system}, *messages] if system else list(messages)
+    conversation: Any = [{"role": "system", "content": system}] if system else []
+    conversation += map(without_cut_calls, messages)
     calls: dict[int, Message] = {}
     reply, start = Reply(), time.monotonic()
     stream = endpoint.client.chat.completions.create(

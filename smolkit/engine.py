@@ -9,12 +9,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
-from smolkit.batch import ContinuousBatch, SequenceState
+from smolkit.batch import ContinuousBatch, Result, SequenceState
 from smolkit.decoder import Pair
 from smolkit.runtime import release_threads
 from smolkit.sampling import GenerationRequest, TokenEvent
@@ -91,7 +92,8 @@ class TorchEngine:
 
     At most `max_num_seqs` sequences are decoded together and `max_queue` more wait; beyond that `generate` raises
     `EngineBusy`. A request that is not finished after `timeout` seconds, or its own, gets `DeadlineExceeded`.
-    `limits` are those of `ContinuousBatch`. `adapters`: LoRA weights by name, see `Decoder.adapt`.
+    `limits` are those of `ContinuousBatch`. `adapters`: LoRA weights by name, see `Decoder.adapt`. `on_death` is called
+    on the inference thread when the device has failed for good: the engine is `dead` then, and takes nothing more.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class TorchEngine:
         max_queue: int = 256,
         timeout: float | None = None,
         vocab_limit: int | None = None,
+        on_death: Callable[[], None] = lambda: None,
         **limits: Any,
     ) -> None:
         kind = "cpu" if model.device.type == "cpu" else "else"
@@ -115,7 +118,8 @@ class TorchEngine:
         self._arrived: deque[_Ticket] = deque()  # not yet seen by the inference thread
         self._tickets: dict[SequenceState, _Ticket] = {}
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self.dead = False
+        self._on_death = on_death
         release_threads()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
@@ -135,6 +139,11 @@ class TorchEngine:
         return self._batch.max_model_len
 
     @property
+    def capacity(self) -> int:
+        """Most requests at a time, running or waiting."""
+        return self._batch.max_num_seqs + self._max_queue
+
+    @property
     def num_running(self) -> int:
         return len(self._batch.running)
 
@@ -150,7 +159,7 @@ class TorchEngine:
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is shut down")
-            if len(self._tickets) + len(self._arrived) >= self._batch.max_num_seqs + self._max_queue:
+            if len(self._tickets) + len(self._arrived) >= self.capacity:
                 raise EngineBusy(f"{self.num_waiting} requests are waiting already (limit {self._max_queue})")
             self._arrived.append(ticket)
             self._changed.notify()
@@ -186,13 +195,21 @@ class TorchEngine:
             try:
                 self._drop()
                 self._deliver(self._batch.step())
-            except Exception:
+            except Exception as error:
                 # One bad step must not end the server: everybody in it is told, and the batch starts empty.
                 logger.exception("inference failed")
                 waiting = set(self._batch.waiting)
                 self._abort([s for s in self._tickets if s not in waiting], EngineError("generation failed"))
-                self._batch.clear()
+                if isinstance(error, torch.AcceleratorError):  # every later call would fail like this one
+                    self._die()
+                else:
+                    self._batch.clear()
         self._abort(list(self._tickets), EngineError("the engine was shut down"))
+
+    def _die(self) -> None:
+        with self._changed:
+            self._closed = self.dead = True
+        self._on_death()
 
     def _take_in(self) -> bool:
         """Give new requests to the batch, after waiting for one if there is nothing to do; False at the end."""
@@ -212,10 +229,14 @@ class TorchEngine:
                 self._batch.remove(sequence)
                 self._abort([sequence], DeadlineExceeded("the request was not finished in the time it had"))
 
-    def _deliver(self, results: Iterable[tuple[SequenceState, TokenEvent]]) -> None:
+    def _deliver(self, results: Iterable[Result]) -> None:
         """Hand a step's events over, in one call to each event loop: a call wakes its thread, which takes a core."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, TokenEvent]]] = {}
         for sequence, event in results:
+            if isinstance(event, Exception):
+                logger.error("inference of one request failed", exc_info=event)
+                self._abort([sequence], EngineError("generation failed"))
+                continue
             ticket = self._tickets[sequence]
             by_loop.setdefault(ticket.loop, []).append((ticket, event))
             if event.finish_reason:

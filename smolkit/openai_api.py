@@ -371,9 +371,11 @@ def create_app(
     _add_generation(app, answers)
     _add_models(app, answers)
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"model": api.ErrorResponse}})
     async def health() -> api.Health:
-        """Whether the server is up; needs no key."""
+        """Whether the server is up and its engine can answer; needs no key."""
+        if getattr(engine, "dead", False):
+            raise ApiError(503, "the engine has failed for good", kind="server_error")
         return api.Health()
 
     @app.get("/metrics", responses=_ERRORS, response_class=PlainTextResponse)

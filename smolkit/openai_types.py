@@ -4,9 +4,11 @@ Requests are strict about types, ignore unknown fields, and leave fields that ex
 `refuse_unsupported`, which names them. `null` means "not given" everywhere.
 """
 
+import itertools
 import math
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -148,6 +150,22 @@ class Message(_Request):
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return message
+
+
+def in_call_order(messages: Sequence[Message]) -> list[Message]:
+    """The messages, results of tools in the order of their calls, by which alone templates tell them apart.
+
+    Results of which one names none of the calls before them stay as they are.
+    """
+    ordered: list[Message] = []
+    for of_tools, group in itertools.groupby(messages, key=lambda message: message.role == "tool"):
+        run = list(group)
+        calls = ordered[-1].tool_calls if of_tools and ordered else None
+        places = {call.id: place for place, call in enumerate(calls or []) if call.id is not None}
+        if all(message.tool_call_id in places for message in run):
+            run.sort(key=lambda message: places[message.tool_call_id or ""])
+        ordered += run
+    return ordered
 
 
 class FunctionDefinition(_Request):
@@ -308,6 +326,15 @@ class DetokenizeRequest(_Body):
     tokens: list[int]
 
 
+# OpenAI's own bookkeeping, which changes no answer.
+IGNORED = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+)
+
 # Field -> values that mean "not used". Anything else is refused by name instead of being ignored.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
@@ -316,8 +343,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "functions": (None, []),
     "modalities": (None, ["text"]),
+    "moderation": (None,),
     "prediction": (None,),
+    "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
     "verbosity": (None,),

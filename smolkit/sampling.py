@@ -77,6 +77,7 @@ class Sampler:
             self.generator.manual_seed(request.seed)
         self.mask = request.grammar.mask() if request.grammar else None
         self.num_tokens = 0
+        self.stops = [i for i in request.stop_ids if i < vocab_size]  # the others are never chosen
         self.generated = self.prompt = self.biases = None
         if self._penalises():
             self.generated = torch.zeros(vocab_size, dtype=torch.int32)
@@ -115,8 +116,8 @@ class Sampler:
             logits = self._penalised(logits)
         if self.biases is not None:
             logits = logits + self.biases.to(logits.device)
-        if self.num_tokens < r.min_tokens:
-            logits = logits.index_fill(0, torch.tensor(list(r.stop_ids), device=logits.device), -torch.inf)
+        if self.num_tokens < r.min_tokens and self.stops:
+            logits = logits.index_fill(0, torch.tensor(self.stops, device=logits.device), -torch.inf)
         if self.mask is not None:
             logits = self.mask.apply(logits)
         token_id = int(logits.argmax()) if self.greedy else self._sample(logits / r.temperature)

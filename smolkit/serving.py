@@ -4,6 +4,7 @@
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import os
@@ -15,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h11
 import psutil
 import torch
 import uvicorn
 from fastapi import FastAPI
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from smol_model import SmolForCausalLM
 from smolkit.cache import cache_budget
@@ -34,6 +37,8 @@ from smolkit.quantize import cached, is_quantized, load_quantized
 from smolkit.runtime import chosen_device, compute_dtype
 
 logger = logging.getLogger(__name__)
+
+HEADER_SECONDS = 15.0  # that a client has for a request's header
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,10 +93,14 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 def app_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_server_arguments` says about the application, for `create_app`."""
-    for name in ("max_body_bytes", "max_concurrent_requests", "requests_per_minute", "request_timeout"):
-        if (value := getattr(args, name)) is not None and value <= 0:
-            raise UserError(f"--{name} {value}: must be more than 0")
-    log_access_to(args.access_log)
+    limits = ("max_body_bytes", "max_concurrent_requests", "requests_per_minute", "request_timeout")
+    require_positive(args, *limits, "default_max_tokens")
+    if args.drain_seconds < 0:
+        raise UserError(f"--drain_seconds {args.drain_seconds}: must be 0 or more")
+    try:
+        log_access_to(args.access_log)
+    except OSError as error:
+        raise UserError(f"--access_log {args.access_log}: cannot be written: {error.strerror}") from None
     return {
         "api_key": api_keys(args.api_key, args.api_key_file),
         "default_max_tokens": args.default_max_tokens,
@@ -104,6 +113,13 @@ def app_options(args: argparse.Namespace) -> dict[str, Any]:
             request_timeout=args.request_timeout,
         ),
     }
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """`UserError` naming the first of these flags that was given 0 or less."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and not value > 0:  # nor NaN
+            raise UserError(f"--{name} {value}: must be more than 0")
 
 
 def api_keys(key: str | None, file: str | None) -> list[str]:
@@ -147,7 +163,14 @@ def check_checkpoint(directory: str | Path) -> Path:
     ):
         if not (path / name).is_file():
             raise UserError(f"{path}: not a checkpoint directory, {name} is missing; {remedy}")
+    _require_safetensors(path)
     return path
+
+
+def _require_safetensors(directory: Path) -> None:
+    """Other files of weights are pickled Python, which may run anything."""
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory}: no weights as *.safetensors, and no others are read: convert them")
 
 
 def split_adapter(directory: str | Path, adapter: str | None) -> tuple[Path, Path | None]:
@@ -157,7 +180,10 @@ def split_adapter(directory: str | Path, adapter: str | None) -> tuple[Path, Pat
         if adapter is not None:
             raise UserError(f"{path} is an adapter itself: give the base model as --model_path with --adapter")
         adapter, path = str(path), Path(_base_of(path))
-    return check_checkpoint(path), None if adapter is None else require_adapter(adapter)
+    if adapter is None:
+        return check_checkpoint(path), None
+    _require_safetensors(require_adapter(adapter))
+    return check_checkpoint(path), Path(adapter)
 
 
 def _base_of(adapter: Path) -> str:
@@ -170,7 +196,7 @@ def _base_of(adapter: Path) -> str:
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint directory, which must have a chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: the tokenizer cannot be loaded: {_first_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -220,7 +246,9 @@ def load_engine(
         if is_quantized(directory):
             model = load_quantized(directory, weights, None if place.type == "cpu" else False)
         else:
-            model = SmolForCausalLM.from_pretrained(directory, dtype=weights, local_files_only=True)
+            model = SmolForCausalLM.from_pretrained(
+                directory, dtype=weights, local_files_only=True, use_safetensors=True
+            )
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -273,6 +301,7 @@ def parse_loras(items: Sequence[str], model_name: str) -> dict[str, Path]:
             raise UserError(f"--lora {item}: the name {name} is taken already")
         if not (Path(directory) / "adapter_config.json").is_file():
             raise UserError(f"--lora {item}: not a PEFT adapter directory, adapter_config.json is missing")
+        _require_safetensors(Path(directory))
         loras[name] = Path(directory)
     return loras
 
@@ -316,6 +345,30 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class _Protocol(H11Protocol):
+    """uvicorn's, but a connection whose next request has not begun to be answered in time is closed.
+
+    uvicorn's own clock runs only from an answer to the next byte: others could keep all connections busy with one.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self.header_deadline = self.loop.call_later(HEADER_SECONDS, self._close_without_header)
+
+    def on_response_complete(self) -> None:
+        self.header_deadline.cancel()
+        self.header_deadline = self.loop.call_later(HEADER_SECONDS, self._close_without_header)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.header_deadline.cancel()
+        super().connection_lost(exc)
+
+    def _close_without_header(self) -> None:
+        if self.conn.their_state is h11.IDLE:
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """Says when it is ready."""
 
@@ -336,7 +389,7 @@ def _server(app: FastAPI, drain_seconds: int) -> _Server:
         access_log=False,
         timeout_graceful_shutdown=drain_seconds,
         server_header=False,
-        http="h11",  # bounds the header it waits for, which httptools does not
+        http=_Protocol,  # h11 bounds the header it waits for, which httptools does not
         h11_max_incomplete_event_size=64 * 2**10,
     )
     server = _Server(config)

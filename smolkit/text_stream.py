@@ -17,6 +17,8 @@ from smolkit.chat import find_tool_calls
 
 REPLACEMENT = "\ufffd"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+CONTEXT_TOKENS = 16  # of a prompt that an answer continues
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # of SentencePiece's byte fallback
 # A call as templates and grammars write it, up to the first brace of its arguments. Its name, quoted, is group 1.
 _CALL_HEAD = re.compile(r'\n?<tool_call>\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
@@ -25,27 +27,46 @@ class Detokenizer:
     """Token ids to text, never splitting a character: bytes of an unfinished one wait for the next token.
 
     Only a short window of ids is decoded again for each token; a decoder may treat the first token of a text
-    differently (a leading space), so the window always begins one finished piece earlier.
+    differently (a leading space), so the window always begins one finished piece earlier. `before`: ids of a text that
+    this one continues.
+
+    Where bytes are tokens of their own (SentencePiece's byte fallback), one that is wrong spoils all those beside it,
+    so they wait for the end of their row.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] = ()) -> None:
         self._backend = tokenizer.backend_tokenizer  # called per token: the wrapper around it costs more than it
-        self._context: list[int] = []  # ids whose text has been given out
+        self._skipped: frozenset[int] | None = None  # special tokens, which part no row of bytes
+        if (decoder := self._backend.decoder) is not None and b'"ByteFallback"' in decoder.__getstate__():
+            added = self._backend.get_added_tokens_decoder()
+            self._skipped = frozenset(i for i, token in added.items() if token.special)
+        self._context = list(before[-CONTEXT_TOKENS:])  # ids whose text has been given out
+        if self._decode(self._context).endswith(REPLACEMENT):  # a character that may be finished here: shown here
+            self._context = []
         self._pending: list[int] = []
         self._given = ""  # the part of the pending ids' text that has been given out
 
     def push(self, token_id: int) -> str:
         """The new text that this token completes, possibly empty."""
         self._pending.append(token_id)
+        if self._ends_in_byte():
+            return ""
         text = self._text_of_pending()
         # An unfinished character decodes to one replacement character at the end.
-        unfinished = text.endswith(REPLACEMENT)
+        unfinished = text.endswith(REPLACEMENT) and self._skipped is None
         delta = (text[:-1] if unfinished else text)[len(self._given) :]
         if unfinished or not text:
             self._given += delta
         else:
             self._context, self._pending, self._given = self._pending, [], ""
         return delta
+
+    def _ends_in_byte(self) -> bool:
+        """Whether the pending ids end in a row of bytes that the next one may continue."""
+        if self._skipped is None:
+            return False
+        last = next((i for i in reversed(self._pending) if i not in self._skipped), None)
+        return last is not None and BYTE_TOKEN.fullmatch(self._backend.id_to_token(last) or "") is not None
 
     def flush(self) -> str:
         """What remains: the replacement character of bytes that were never completed."""

@@ -167,7 +167,7 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer  # imports torch: seconds that training a tokenizer can do without
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no tokenizer at {name}: {reason} — give a directory with its files") from error

@@ -36,8 +36,9 @@ from smolkit.sampling import GenerationRequest, Scores, TokenEvent
 def engine_args(arguments: Sequence[str]) -> AsyncEngineArgs:
     """vLLM's engine arguments from its own flags; underscores and dashes are the same to its parser."""
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="serve_vllm.py (vLLM's engine arguments)"))
-    # Grammars are llguidance's, see smolkit.grammar.
-    parser.set_defaults(structured_outputs_config=StructuredOutputsConfig(backend="guidance"))
+    # Grammars are llguidance's, see smolkit.grammar. By itself vLLM would also read pickled weights.
+    guidance = StructuredOutputsConfig(backend="guidance")
+    parser.set_defaults(structured_outputs_config=guidance, load_format="safetensors")
     if current_platform.is_cpu():
         parser.set_defaults(worker_cls="smolkit.vllm_cpu.Worker", gpu_memory_utilization=None)
     return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
@@ -105,6 +106,7 @@ class VllmEngine:
             for number, (name, path) in enumerate(named, start=1)
             if path is not None
         }
+        self._vocab_limit = vocab_limit
         rows = self._llm.model_config.get_vocab_size()
         self._allowed = list(range(vocab_limit)) if vocab_limit < rows else None
 
@@ -129,7 +131,7 @@ class VllmEngine:
         try:
             async with aclosing(outputs):  # closing early makes vLLM abort the request
                 async for output in outputs:
-                    for event in _events(output, request):
+                    for event in _events(output, request, self._vocab_limit):
                         yield event
         except EngineGenerateError as error:
             raise EngineError("generation failed") from error
@@ -145,14 +147,14 @@ class VllmEngine:
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
-            top_k=request.top_k,
+            top_k=min(request.top_k, self._vocab_limit),  # vLLM keeps it in 32 bits
             min_p=request.min_p,
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
             repetition_penalty=request.repetition_penalty,
             logit_bias=dict(request.logit_bias) or None,
             stop_token_ids=list(request.stop_ids),
-            seed=request.seed,
+            seed=None if request.seed is None else request.seed % 2**63,  # to vLLM -1 is none
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
             min_tokens=request.min_tokens,
@@ -168,28 +170,32 @@ class VllmEngine:
         self._llm.shutdown()
 
 
-def _events(result: RequestOutput, request: GenerationRequest) -> list[TokenEvent]:
+def _events(result: RequestOutput, request: GenerationRequest, vocab_limit: int) -> list[TokenEvent]:
     events: list[TokenEvent] = []
     output = result.outputs[0]
+    if output.finish_reason not in (None, "stop", "length"):  # aborted, perhaps without a last token
+        raise EngineError(f"generation ended early: {output.finish_reason}")
     prompt = None
     if request.prompt_logprobs is not None and result.prompt_logprobs:  # once, with the first token
         pairs = zip(request.prompt_ids, result.prompt_logprobs, strict=True)
-        prompt = tuple(_scores(entries, token_id, request.prompt_logprobs) for token_id, entries in pairs)
+        prompt = tuple(_scores(entries, token_id, request.prompt_logprobs, vocab_limit) for token_id, entries in pairs)
     token_ids = list(output.token_ids)
     for number, token_id in enumerate(token_ids):
         finish = output.finish_reason if number == len(token_ids) - 1 else None
-        if finish not in (None, "stop", "length"):
-            raise EngineError(f"generation ended early: {finish}")
         scores: Scores = (None, ())
         if output.logprobs is not None and request.logprobs is not None:
-            scores = _scores(output.logprobs[number], token_id, request.logprobs)
+            scores = _scores(output.logprobs[number], token_id, request.logprobs, vocab_limit)
         events.append(TokenEvent(token_id, *scores, finish, None if events else prompt))
     return events
 
 
-def _scores(entries: dict[int, Logprob] | None, token_id: int, count: int) -> Scores:
-    """vLLM gives the chosen token beside the `count` most likely ones, and nothing for the first of a prompt."""
+def _scores(entries: dict[int, Logprob] | None, token_id: int, count: int, vocab_limit: int) -> Scores:
+    """vLLM gives the chosen token beside the `count` most likely ones, and nothing for the first of a prompt.
+
+    Among them may be padded rows, which are no tokens: of those there are fewer then.
+    """
     if not entries:
         return None, ()
     best = sorted(entries.items(), key=lambda item: item[1].rank)[:count]
+    best = [(i, entry) for i, entry in best if i < vocab_limit]
     return entries[token_id].logprob, tuple((i, entry.logprob) for i, entry in best)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +12,12 @@ import httpx
 import openai
 import pytest
 import requests
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
+from smolkit import openai_types as api
 from smolkit.chat import chat_stop_ids, render
 from smolkit.engine import EngineBusy, EngineError, TokenEvent
 from smolkit.openai_api import create_app
@@ -193,6 +199,39 @@ def test_unicode_arrives_whole(scripted: Scripted) -> None:
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
+def test_bytes_and_spaces_of_sentencepiece(sentencepiece: PreTrainedTokenizerFast) -> None:
+    """A completion goes on in its prompt's text, a chat answer begins one; each token has its own text and bytes."""
+
+    class Scored(ScriptedEngine):
+        async def generate(self, request: Any) -> Any:
+            pair = sentencepiece.convert_tokens_to_ids(["▁of", "of"])
+            async for event in super().generate(request):
+                yield TokenEvent(event.token_id, -1.0, tuple((i, -1.0) for i in pair), event.finish_reason)
+
+    engine = Scored(sentencepiece)
+    prompt = sentencepiece.encode("The process")
+    engine.reply = [*sentencepiece.encode("of light光"), sentencepiece.eos_token_id]
+    said, prefix = engine.reply[:-1], sentencepiece.decode(prompt)
+    with serving(create_app(engine, sentencepiece, "scripted")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        fields: dict[str, Any] = dict(model="scripted", prompt="The process", max_tokens=50)
+        whole = client.completions.create(**fields, logprobs=2).choices[0]
+        assert engine.requests[-1].prompt_ids == prompt
+        streamed = "".join(c.choices[0].text for c in client.completions.create(**fields, stream=True))
+        assert whole.text == streamed == sentencepiece.decode(prompt + said)[len(prefix) :] == " of light光"
+        echoed = client.completions.create(**fields, echo=True).choices[0].text
+        assert echoed == sentencepiece.decode(prompt + said)
+        choice = client.chat.completions.create(
+            model="scripted", messages=QUESTION, logprobs=True, top_logprobs=2
+        ).choices[0]
+        assert choice.message.content == sentencepiece.decode(said) == "of light光"
+    assert "".join(whole.logprobs.tokens[:-3]) == " of light" and whole.logprobs.tokens[-3:] == ["\ufffd"] * 3
+    assert set(whole.logprobs.top_logprobs[0]) == {" of", "of"}
+    spelled = [bytes(entry.bytes) for entry in choice.logprobs.content]
+    assert b"".join(spelled) == " of light光".encode() and spelled[-3:] == [b"\xe5", b"\x85", b"\x89"]
+    assert [top.token for top in choice.logprobs.content[0].top_logprobs] == [" of", "of"]
+
+
 def test_stop_strings_across_tokens(scripted: Scripted) -> None:
     engine, client = scripted
     engine.will_say("The plant grows in 光合作用 light.")
@@ -274,6 +313,69 @@ def test_tool_results_go_back(scripted: Scripted, tokenizer: PreTrainedTokenizer
     prompt = tokenizer.decode(engine.requests[-1].prompt_ids)
     assert '{"name": "get_weather", "arguments": {"city": "Paris"}}' in prompt
     assert "<tool_response>\nsunny\n</tool_response>" in prompt
+
+
+def test_results_of_parallel_calls_are_told_apart(scripted: Scripted, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Templates have no ids: the order of the calls is that of the results, unless one is of no call we know."""
+    engine, client = scripted
+    engine.will_say("ok")
+    calls = [
+        {"id": i, "type": "function", "function": {"name": "get_weather", "arguments": "{}"}} for i in ("a", "b", "c")
+    ]
+    asked = {"role": "assistant", "content": "", "tool_calls": calls}
+
+    def order(*ids: str) -> list[str]:
+        results = [{"role": "tool", "tool_call_id": i, "content": f"result-{i}"} for i in ids]
+        messages: Any = [*QUESTION, asked, *results, *QUESTION, asked, *results]
+        client.chat.completions.create(model="scripted", messages=messages)
+        return re.findall("result-(.)", tokenizer.decode(engine.requests[-1].prompt_ids))
+
+    assert order("c", "a", "b") == ["a", "b", "c"] * 2
+    assert order("b", "a") == ["a", "b"] * 2
+    assert order("c", "x", "a") == ["c", "x", "a"] * 2
+
+
+SAMPLING = [
+    ({"temperature": 0.7}, {"temperature": 0.7}),
+    ({"top_p": 0.6}, {"top_p": 0.6}),
+    ({"top_k": 11}, {"top_k": 11}),
+    ({"top_k": -1}, {"top_k": 0}),
+    ({"min_p": 0.05}, {"min_p": 0.05}),
+    ({"presence_penalty": 0.3}, {"presence_penalty": 0.3}),
+    ({"frequency_penalty": -0.4}, {"frequency_penalty": -0.4}),
+    ({"repetition_penalty": 1.2}, {"repetition_penalty": 1.2}),
+    ({"logit_bias": {"7": 5, "8": -100}}, {"logit_bias": {7: 5.0, 8: -100.0}}),
+    ({"seed": -3}, {"seed": -3}),
+    ({"max_tokens": 9}, {"max_tokens": 9}),
+    ({"max_tokens": 9, "min_tokens": 4}, {"max_tokens": 9, "min_tokens": 4}),
+    ({"ignore_eos": True}, {"stop_ids": frozenset()}),
+]
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_every_field_reaches_the_engine_as_itself(scripted: Scripted, route: str) -> None:
+    engine, client = scripted
+    engine.will_say("ok")
+    prompt = {"messages": QUESTION} if route.startswith("chat") else {"prompt": "hi"}
+
+    def asked(**fields: Any) -> dict[str, Any]:
+        assert httpx.post(f"{client.base_url}{route}", json={**prompt, **fields}).status_code == 200
+        return vars(engine.requests[-1])
+
+    plain = asked()
+    assert plain["temperature"] == 1.0 and plain["top_p"] == 1.0 and plain["repetition_penalty"] == 1.0
+    for fields, expected in SAMPLING:
+        assert asked(**fields) == {**plain, **expected}, fields
+    everything = [pair for pair in SAMPLING if pair[0] not in ({"top_k": -1}, {"max_tokens": 9})]
+    together = {name: value for fields, _ in everything for name, value in fields.items()}
+    assert asked(**together) == {**plain, **{name: value for _, e in everything for name, value in e.items()}}
+    if route.startswith("chat"):
+        assert asked(max_completion_tokens=6) == {**plain, "max_tokens": 6}
+        assert asked(logprobs=True, top_logprobs=3) == {**plain, "logprobs": 3}
+        assert asked(logprobs=True) == {**plain, "logprobs": 0}
+    else:
+        assert asked(logprobs=3) == {**plain, "logprobs": 3}
+        assert asked(logprobs=3, echo=True) == {**plain, "logprobs": 3, "prompt_logprobs": 3}
 
 
 def test_control_words_in_user_text_stay_text(scripted: Scripted, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -366,6 +468,10 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"stop": "x" * 1001}, "stop"),
     ({"echo": True}, "echo"),
     ({"audio": {"voice": "x"}}, "audio"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"service_tier": "priority"}, "service_tier"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"web_search_options": {}}, "web_search_options"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
 ]
 
@@ -401,6 +507,24 @@ def test_unknown_extras_and_nulls_are_ignored(client: openai.OpenAI) -> None:
     nulls = dict.fromkeys(("temperature", "top_p", "n", "seed", "stop", "tools", "tool_choice", "stream"))
     extra = {"some_new_field": {"a": 1}, "store": False, "response_format": {"type": "text"}, **nulls}
     assert chat_text(client, extra_body=extra, max_tokens=2) is not None
+    bookkeeping = {"metadata": {"a": "b"}, "user": "me", "safety_identifier": "me", "prompt_cache_key": "k"}
+    extra = {**bookkeeping, "service_tier": "auto", "modalities": ["text"], "prompt_cache_retention": "24h"}
+    assert chat_text(client, extra_body=extra, max_tokens=2) is not None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (chat_params.CompletionCreateParamsNonStreaming, api.ChatRequest),
+        (text_params.CompletionCreateParamsNonStreaming, api.CompletionRequest),
+    ],
+)
+def test_every_field_of_openai_is_known(theirs: Any, ours: type[BaseModel]) -> None:
+    """Read, refused by name, or bookkeeping: the client that is installed says what there is."""
+    fields = theirs.__required_keys__ | theirs.__optional_keys__
+    assert "temperature" in fields
+    assert fields - set(ours.model_fields) - set(api.UNSUPPORTED) - set(api.IGNORED) == set()
+    assert not {*api.UNSUPPORTED, *ours.model_fields} & {*api.IGNORED}
 
 
 def test_error_statuses(client: openai.OpenAI, url: str) -> None:
@@ -463,6 +587,73 @@ def test_engine_failures(scripted: Scripted, tokenizer: PreTrainedTokenizerFast)
             with pytest.raises(openai.APIError, match="generation failed|internal error") as failed:
                 list(client.chat.completions.create(model="failing", messages=QUESTION, stream=True))
             assert "secret" not in str(failed.value)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_engine_that_gives_up_without_a_word(tokenizer: PreTrainedTokenizerFast, after: int) -> None:
+    """As vLLM does with what it aborts when it is told to stop."""
+
+    class Silent(ScriptedEngine):
+        async def generate(self, request: Any) -> Any:
+            for token_id in self.reply[:after]:
+                yield TokenEvent(token_id)
+
+    engine = Silent(tokenizer)
+    engine.will_say("some text")
+    with serving(create_app(engine, tokenizer, "silent")) as url:
+        for n in (1, 2):
+            response = httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION, "n": n})
+            assert response.status_code == 500 and error_of(response)["message"] == "generation ended early"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.APIError, match="generation ended early"):
+            list(client.chat.completions.create(model="silent", messages=QUESTION, stream=True))
+
+
+def test_more_answers_than_the_engine_holds(tokenizer: PreTrainedTokenizerFast) -> None:
+    """It would be busy for them for ever, and say to come again in a second."""
+    engine = ScriptedEngine(tokenizer)
+    engine.will_say("ok")
+    engine.capacity = 3
+    with serving(create_app(engine, tokenizer, "scripted")) as url:
+        statuses = [httpx.post(f"{url}/v1/completions", json={"prompt": ["a"] * count}) for count in (3, 4)]
+        assert [response.status_code for response in statuses] == [200, 400]
+        assert "4 answers in one request, the limit is 3" in error_of(statuses[1])["message"]
+
+
+def test_health_says_when_the_engine_is_dead(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = ScriptedEngine(tokenizer)
+    with serving(create_app(engine, tokenizer, "scripted")) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        engine.dead = True
+        assert httpx.get(f"{url}/health").status_code == 503
+
+
+def test_names_are_not_paths(scripted: Scripted) -> None:
+    """A model or a text that reads like a path opens no file."""
+    engine, client = scripted
+    engine.will_say("ok")
+    name = "../../../../etc/hostname"
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in ("open", "os.listdir", "os.scandir") and "hostname" in str(arguments[0]):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)  # cannot be taken out again
+    try:
+        for path, body in (
+            ("chat/completions", {"messages": QUESTION, "model": name}),
+            ("completions", {"prompt": "a", "model": name}),
+        ):
+            assert httpx.post(f"{client.base_url}{path}", json=body).status_code == 404
+        for quoted in (name, name.replace("/", "%2F")):
+            assert httpx.get(f"{client.base_url}models/{quoted}").status_code == 404
+        assert httpx.post(f"{client.base_url}completions", json={"prompt": name}).status_code == 200
+        assert engine.tokenizer.decode(engine.requests[-1].prompt_ids) == name
+    finally:
+        watching = False
+    assert opened == []
 
 
 def test_an_answer_whose_grammar_gives_up_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:

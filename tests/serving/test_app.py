@@ -1,5 +1,6 @@
 """app.py: the page's parts, the page in a real browser, and the copy of it that a Hugging Face Space runs."""
 
+import ast
 import asyncio
 import os
 import re
@@ -7,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 
 import gradio as gr
@@ -140,6 +142,31 @@ def test_a_tool_call_waits_for_its_result(likely: list[tuple[Likely, Endpoint]])
     player, box = half.waiting([{"role": "assistant", "content": "", "tool_calls": [half_written]}])
     assert not player["visible"] and box["info"] is None  # stopped there
     assert displayed(messages)[3]["metadata"]["title"] == "result of get_weather · 工具结果"
+
+
+def test_a_call_that_was_cut_off_does_not_end_the_conversation(likely: list[tuple[Likely, Endpoint]]) -> None:
+    """It is shown, and left out of what the model sees again."""
+    (engine, endpoint), _ = likely
+    half, settings = side([endpoint]), (*SETTINGS[:2], TOOLS, *SETTINGS[3:])
+    engine.will_say(CALL + '\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par', end=False)
+    *_, (shown, messages, *_) = half.ask("Weather?", "one", [], *settings)
+    assert shown[-1]["content"] == '{"city": "Par'
+    player, box = half.waiting(messages)
+    assert player["visible"] and box["info"] == 'get_weather({"city": "巴黎"})'
+    engine.will_say("Sunny.")
+    for views in (
+        half.play("sunny", "one", messages, *settings),  # the whole one has its result, and the model goes on
+        half.ask("Never mind.", "one", messages, *settings),
+    ):
+        assert list(views)[-1][-4][-1]["content"] == "Sunny."
+        prompt = engine.tokenizer.decode(engine.requests[-1].prompt_ids)
+        assert "巴黎" in prompt and '"Par' not in prompt
+    engine.will_say('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par', end=False)
+    *_, (_, messages, *_) = half.ask("Weather?", "one", [], *settings)
+    assert not half.waiting(messages)[0]["visible"]
+    engine.will_say("Sunny.")
+    *_, (shown, *_) = half.ask("And now?", "one", messages, *settings)
+    assert shown[-1]["content"] == "Sunny."
 
 
 def test_refusals_are_shown_and_forgotten(likely: list[tuple[Likely, Endpoint]]) -> None:
@@ -356,6 +383,53 @@ def test_a_half_that_has_called_its_tool_goes_on_after_stop(
 
 
 # --- as a Space ---------------------------------------------------------------------------------------------
+
+
+def space_imports(root: Path) -> set[str]:
+    """Packages that `app.py` cannot do without in a Space, and where it loads checkpoints itself.
+
+    Of app.py and what it calls directly every import counts, also inside functions; of what these import, those at the
+    top: what is imported further inside belongs to training, or to formats that have a comment in the list.
+    """
+    packages: set[str] = set()
+    entries = {root / name for name in ("app.py", "smolkit/clients.py", "smolkit/app_view.py")}
+    seen: set[Path] = set()
+    waiting = list(entries)
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree) if file in entries else tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                top = name.split(".")[0]
+                if (found := root / f"{name.replace('.', '/')}.py").is_file():
+                    waiting.append(found)
+                elif top not in {*sys.stdlib_module_names, "smolkit", "smol_model", "smol_kernels"}:
+                    packages.add(top)
+    return packages
+
+
+def test_a_space_installs_what_it_imports(root: Path) -> None:
+    """Each package is listed, or required by one that is; and listed ones have the pins of requirements.txt."""
+
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    def listed(lines: Iterable[str]) -> dict[str, str]:
+        found = [re.match(r"([\w-]+)([^#\s]*)", line) for line in lines if "extra ==" not in line]
+        return {plain(match[1]): match[2] for match in found if match}
+
+    space = listed((root / "docs" / "space" / "requirements.txt").read_text().splitlines())
+    ours = listed((root / "requirements.txt").read_text().splitlines())
+    there = space.keys() | {name for package in space for name in listed(metadata.requires(package) or ())}
+    owners = metadata.packages_distributions()
+    assert [package for package in space_imports(root) if not set(map(plain, owners[package])) & there] == []
+    assert space == {name: ours.get(name, pin) for name, pin in space.items()}
 
 
 @pytest.mark.slow

@@ -131,6 +131,38 @@ def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was(
     assert line.startswith("error: ") and "context" in line
 
 
+def test_a_call_that_was_cut_off_is_not_kept(
+    scripted: tuple[ScriptedEngine, openai.OpenAI],
+    typing: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """No result is asked for, the conversation goes on, and what is saved can be trained on."""
+    engine, client = scripted
+    tools, saved = tmp_path / "tools.json", tmp_path / "saved.jsonl"
+    tools.write_text(json.dumps([WEATHER]))
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par'
+    engine.will_say(call, end=False)
+    typing(
+        "Weather?",
+        ("And now?", lambda: engine.will_say("Sunny.")),
+        ("Again?", lambda: engine.will_say(f"Look:\n{call}", end=False)),
+        f"/save {saved}",
+        ("Thanks", lambda: engine.will_say("ok")),
+    )
+    chat.main(["--base_url", str(client.base_url), "--tools", str(tools)])
+    captured = capsys.readouterr()
+    cut = 'tool call: get_weather({"city": "Par … cut off\n'
+    assert captured.out == f"{cut}Sunny.\nLook:\n{cut}ok\n\n"
+    assert captured.err == "error: the answer is a tool call that was cut off, and is not kept: raise --max_length\n"
+    assert "Weather?" not in asked(engine) and '"Par' not in asked(engine) and "Look:" in asked(engine)
+    (row,) = read_sft(saved)
+    assert [message["content"] for message in row["messages"]] == ["And now?", "Sunny.", "Again?", "Look:"]
+    with pytest.raises(UserError, match="raise --max_length"):
+        engine.will_say(call, end=False)
+        chat.main(["--base_url", str(client.base_url), "--tools", str(tools), "--prompt", "Weather?"])
+
+
 def test_a_failure_in_the_stream_is_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
     class Failing(ScriptedEngine):
         async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:

@@ -470,6 +470,77 @@ def test_a_failing_step_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(closed())
 
 
+class Breaks(GivesUp):
+    """A grammar that fails in the middle of a step."""
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("odd", "ends"),
+    [
+        (dict(min_tokens=2), True),  # nothing ends it: nothing is to be kept from ending it
+        (dict(min_tokens=2, stop_ids=[VOCABULARY + 3]), True),  # as a checkpoint's files may name it
+        (dict(logit_bias={7: -100.0}, logprobs=2**40), True),
+        (dict(grammar=Breaks()), False),
+        (dict(grammar=Breaks(), temperature=1.0), False),
+    ],
+)
+def test_what_one_request_asks_for_ends_no_other(odd: dict[str, object], ends: bool) -> None:
+    engine = TorchEngine(random_model("dense"))
+
+    async def run() -> None:
+        request = GenerationRequest([7, 8], 30, 0.0)
+        expected = await collect(engine, request)
+        other = engine.generate(request)
+        begun = [await anext(other)]
+        strange = GenerationRequest([9], 4, **{"temperature": 0.0, **odd})
+        if ends:
+            assert len(await collect(engine, strange)) == 4
+        else:
+            with pytest.raises(EngineError, match="generation failed"):
+                await collect(engine, strange)
+        assert begun + [event async for event in other] == expected
+        assert engine.num_running == engine.num_waiting == 0
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_a_list_of_prompts_does_not_hide_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Sampler, "pick", broken)
+    with pytest.raises(ZeroDivisionError):
+        generate_batch(random_model("dense"), [[7, 8]], 4, [], temperature=1.0)
+
+
+def test_a_device_that_fails_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a CUDA error every call fails: nobody waits for ever, and whoever runs the server is told."""
+    told: list[int] = []
+    engine = TorchEngine(random_model("dense"), max_num_seqs=1, on_death=lambda: told.append(1))
+
+    def broken(*_: object) -> object:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine._batch.decoder, "prefill", broken)
+    monkeypatch.setattr(engine._batch, "clear", lambda: pytest.fail("it would touch the device"))
+
+    async def run() -> None:
+        tasks = [asyncio.create_task(collect(engine, request_of([token]))) for token in (7, 8, 9)]
+        for task in tasks:
+            with pytest.raises(EngineError):
+                await task
+        with pytest.raises(EngineError, match="shut down"):
+            await collect(engine, request_of([7]))
+
+    asyncio.run(run())
+    assert engine.dead and told == [1]
+    engine.close()
+
+
 def test_limits_are_those_of_the_device_unless_given() -> None:
     for given, expected in (({}, (128, 512, 16)), ({"chunk": 32, "max_num_seqs": 3}, (32, 512, 3))):
         engine = TorchEngine(random_model("dense"), **given)

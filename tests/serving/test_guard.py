@@ -134,6 +134,12 @@ def test_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in ("--max_body_bytes", "--requests_per_minute", "--request_timeout", "--max_concurrent_requests"):
         with pytest.raises(UserError, match=flag):
             app_options(parser.parse_args([flag, "0", "--access_log", log]))
+    for flag, value in (("--default_max_tokens", "-5"), ("--drain_seconds", "-1")):
+        with pytest.raises(UserError, match=f"{flag} {value}: must be"):
+            app_options(parser.parse_args([flag, value, "--access_log", log]))
+    nowhere = str(tmp_path / "nowhere" / "log")
+    with pytest.raises(UserError, match=f"--access_log {nowhere}: cannot be written: No such file"):
+        app_options(parser.parse_args(["--access_log", nowhere]))
 
 
 # --- limits -------------------------------------------------------------------------------------------------
@@ -203,6 +209,26 @@ def test_concurrency_limit(slow: SlowEngine, tokenizer: PreTrainedTokenizerFast)
             thread.join()
         assert sorted(statuses, key=str) == [(200, None)] * 2 + [(503, "1")] * 4
         assert ask(url).status_code == 200
+
+
+def test_a_connection_without_a_request_is_closed(
+    slow: SlowEngine, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that has begun a header, and one that was answered before; never one that waits for its answer."""
+    monkeypatch.setattr("smolkit.serving.HEADER_SECONDS", 0.3)
+    with serving(create_app(slow, tokenizer, "slow")) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        for sent in (b"", b"G", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + b"GET /hea"):
+            with socket.create_connection(address, timeout=20) as connection:
+                connection.sendall(sent)
+                received = b""
+                while part := connection.recv(4096):
+                    received += part
+                assert received.count(b"200 OK") == (len(sent) > 1)
+        with httpx.Client() as client:
+            for _ in range(2):  # on one connection, each longer than that
+                answer = client.post(f"{url}/v1/chat/completions", json={**BODY, "max_tokens": 40}, timeout=30)
+                assert answer.status_code == 200
 
 
 def test_deadline(slow: SlowEngine, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,6 +1,7 @@
 """The scripts as a person runs them: servers that start, answer and stop; the terminal chat; bad input."""
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import openai
@@ -23,9 +26,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
 from smolkit.chat import encode_text, render, save_tokenizer
+from smolkit.engine import EngineError
 from smolkit.errors import UserError
+from smolkit.openai_api import create_app
 from smolkit.sampling import GenerationRequest
-from smolkit.serving import load_engine, newest_checkpoint, parse_loras, split_adapter
+from smolkit.serving import load_engine, load_tokenizer, newest_checkpoint, parse_loras, serving, split_adapter
 
 from .conftest import TEXT, VLLM_FLAGS, WEATHER, ScriptedEngine, started, tiny_config
 
@@ -113,8 +118,18 @@ def test_adapters_beside_the_model(
         assert tuple(engine.adapters) == ("skill", "other")
         with pytest.raises(ValueError, match="no adapter 'third'; there are: skill, other"):
             asyncio.run(answer("third"))
+        with serving(create_app(engine, tokenizer, "base")) as url:
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+            assert [card.id for card in client.models.list().data] == ["base", "skill", "other"]
+            fields: dict[str, Any] = dict(prompt=prompt, max_tokens=16, temperature=0, extra_body={"ignore_eos": True})
+            by_name = {
+                name: client.completions.create(model=name, **fields).choices[0].text
+                for name in ("base", "skill", "other")
+            }
     finally:
         engine.close()
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers[:3]]
+    assert by_name == dict(zip(("base", "skill", "other"), texts, strict=True))
     ids, allowed = torch.tensor([prompt]), {"suppress_tokens": list(range(len(tokenizer), base.config.vocab_size))}
 
     def expected(model: torch.nn.Module) -> list[int]:
@@ -224,6 +239,105 @@ def test_bad_checkpoints(
     settings = json.loads((nameless / "adapter_config.json").read_text())
     (nameless / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
     assert "does not name its base model" in refused("--model_path", nameless)
+
+
+def test_only_safetensors_are_read(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    """Anything else is pickled Python, in the model and in adapters, for both servers and for what else loads here."""
+    from smolkit.checkpoints import build_model, load_config
+    from smolkit.checkpoints import load_tokenizer as tokenizer_of
+
+    pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save(SmolForCausalLM.from_pretrained(checkpoint).state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no weights as \*\.safetensors"):
+        split_adapter(pickled, None)
+    tokenizer = load_tokenizer(checkpoint)
+    with pytest.raises(UserError, match="the model cannot be loaded: .*safetensors"):
+        load_engine(pickled, tokenizer, model_name="x")
+    with pytest.raises(UserError, match="cannot load the weights: .*safetensors"):
+        build_model(load_config(checkpoint, tokenizer_of(checkpoint), checkpoint), pickled, torch.float32)
+    lora = shutil.copytree(adapter, tmp_path / "lora")
+    (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+    for load in (lambda: split_adapter(checkpoint, str(lora)), lambda: parse_loras([f"x={lora}"], "base")):
+        with pytest.raises(UserError, match=r"no weights as \*\.safetensors"):
+            load()
+
+
+def test_code_that_a_tokenizer_names_is_not_run(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked: transformers would wait at the terminal for an answer."""
+    from smolkit.checkpoints import load_tokenizer as tokenizer_of
+    from smolkit.tokenizer import load_pretrained
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    named = shutil.copytree(checkpoint, tmp_path / "named")
+    (named / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((named / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (named / "tokenizer_config.json").write_text(json.dumps(config))
+    for load in (load_tokenizer, tokenizer_of, lambda directory: load_pretrained(str(directory))):
+        with contextlib.suppress(UserError):  # or the tokenizer's file is enough
+            load(named)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bad_flags_are_refused_before_anything_is_loaded(checkpoint: Path) -> None:
+    import serve_hf
+    import serve_vllm
+
+    for script, flags in (
+        (serve_hf, ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_gib", "threads")),
+        (serve_vllm, ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "gpu_memory_utilization")),
+    ):
+        for flag in flags:
+            with pytest.raises(UserError, match=f"--{flag} 0.*: must be more than 0"):
+                script.parse(["--model_path", str(checkpoint), f"--{flag}", "0"])
+    with pytest.raises(UserError, match="--max_queue -1: must be 0 or more"):
+        serve_hf.parse(["--max_queue", "-1"])
+    assert serve_hf.parse(["--max_queue", "0", "--max_num_seqs", "1"]).max_queue == 0
+
+
+def test_what_vllm_is_asked_and_says(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without vLLM: its modules are stand-ins that remember."""
+    names = (
+        "vllm vllm.config vllm.config.lora vllm.engine vllm.engine.arg_utils vllm.logprobs vllm.lora "
+        "vllm.lora.request vllm.outputs vllm.platforms vllm.sampling_params vllm.utils vllm.utils.argparse_utils "
+        "vllm.utils.cpu_resource_utils vllm.v1 vllm.v1.engine vllm.v1.engine.async_llm vllm.v1.engine.exceptions"
+    )
+    for name in names.split():
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    spec = importlib.util.spec_from_file_location("vllm_engine_over_stand_ins", root / "smolkit" / "vllm_engine.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    engine = object.__new__(module.VllmEngine)
+    engine._vocab_limit, engine._allowed = 10, None
+
+    def asked(**fields: Any) -> dict[str, Any]:
+        engine._sampling_params(GenerationRequest([1], 4, **fields))
+        return module.SamplingParams.call_args.kwargs
+
+    # To vLLM seed -1 is none at all, and `top_k` has 32 bits.
+    seeds = [asked(seed=seed)["seed"] for seed in (-1, 0, 7, 2**63 - 1, -(2**63))]
+    assert seeds == [2**63 - 1, 0, 7, 2**63 - 1, 0] and asked()["seed"] is None
+    assert [asked(top_k=top)["top_k"] for top in (0, 3, 2**70)] == [0, 3, 10]
+
+    def entry(rank: int) -> MagicMock:
+        return MagicMock(rank=rank, logprob=-float(rank))
+
+    scored = {3: entry(1), 12: entry(2), 4: entry(3), 9: entry(40)}  # 12 is a padded row, 9 was chosen
+    request = GenerationRequest([1], 4, logprobs=3)
+    output = MagicMock(token_ids=[9], finish_reason="length", logprobs=[scored])
+    (event,) = module._events(MagicMock(outputs=[output]), request, 10)
+    assert (event.logprob, event.top_logprobs, event.finish_reason) == (-40.0, ((3, -1.0), (4, -3.0)), "length")
+    aborted = MagicMock(token_ids=[], finish_reason="abort", logprobs=None)
+    with pytest.raises(EngineError, match="ended early: abort"):
+        module._events(MagicMock(outputs=[aborted]), request, 10)
+    flags = MagicMock()
+    monkeypatch.setattr(module.AsyncEngineArgs, "add_cli_args", lambda parser: flags)
+    module.engine_args([])
+    defaults = {name: value for call in flags.set_defaults.call_args_list for name, value in call.kwargs.items()}
+    assert defaults["load_format"] == "safetensors"
 
 
 def test_serve_vllm_arguments(checkpoint: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,35 @@ def test_any_tokens_decode_as_a_whole(tokenizer: PreTrainedTokenizerFast) -> Non
         assert text == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def test_bytes_that_are_tokens(sentencepiece: PreTrainedTokenizerFast) -> None:
+    """An unfinished character decodes to a sign per byte there, and one wrong byte spoils the row."""
+    ids = sentencepiece.encode("of light光 ok 🚀🌍!")
+    assert "<0xE5>" in sentencepiece.convert_ids_to_tokens(ids)
+    detokenizer = Detokenizer(sentencepiece)
+    pieces = [detokenizer.push(i) for i in ids] + [detokenizer.flush()]
+    assert "".join(pieces) == "of light光 ok 🚀🌍!" and not any("\ufffd" in piece for piece in pieces)
+    generator = random.Random(0)
+    bytes_and_more = [*range(3, 259)] + 3 * [*range(259, len(sentencepiece))] + 9 * [1, 2, *ids]
+    for _ in range(500):
+        ids = [generator.choice(bytes_and_more) for _ in range(generator.randrange(1, 40))]
+        detokenizer = Detokenizer(sentencepiece)
+        text = "".join(detokenizer.push(i) for i in ids) + detokenizer.flush()
+        assert text == sentencepiece.decode(ids, skip_special_tokens=True)
+
+
+def test_a_text_that_goes_on(sentencepiece: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> None:
+    """After a prompt the first token keeps its space, and bytes that finish the prompt's last character are shown."""
+    for either in (tokenizer, sentencepiece):
+        before, after = either.encode("The process"), either.encode("The process of light")
+        assert after[: len(before)] == before
+        detokenizer = Detokenizer(either, before)
+        assert "".join(map(detokenizer.push, after[len(before) :])) + detokenizer.flush() == " of light"
+        whole = either.encode("a火")
+        detokenizer = Detokenizer(either, whole[:-1])
+        assert "\ufffd" in detokenizer.push(whole[-1]) + detokenizer.flush()
+    assert "".join(map(Detokenizer(sentencepiece).push, after[len(before) :])) != " of light"
+
+
 @pytest.mark.parametrize(
     ("text", "stops"),
     [
