@@ -7,9 +7,10 @@
     python eval_model.py --model_path DIR --lm_eval hellaswag,arc_easy --limit 100 --fail_below hellaswag_acc_norm=30
     python eval_model.py --compare out/quickstart/sft out/quickstart/dpo
 
-In the output directory: metrics.json, the same as metrics.md, items.jsonl (what each item contributed; --compare reads
-it), and the replies (answers.jsonl, replies.jsonl, samples.jsonl). An evaluation in a checkpoint's own `eval` directory
-also goes into its model card. Exit code 0 whatever the figures are, unless --fail_below or --fail_above says otherwise.
+In the output directory (default: `eval` in the checkpoint's, or in the adapter's): metrics.json, the same as
+metrics.md, items.jsonl (what each item contributed; --compare reads it), and the replies (answers.jsonl, replies.jsonl,
+samples.jsonl); an earlier evaluation there is replaced. One in a model's own `eval` directory also goes into its model
+card. Exit code 0 whatever the figures are, unless --fail_below or --fail_above says otherwise.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import itertools
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,15 @@ from smolkit.checkpoints import load_tokenizer
 from smolkit.doctor import read_dpo
 from smolkit.doctor.checkup import glance
 from smolkit.errors import run
-from smolkit.evaluation import exam, generation, harness, likelihoods
+from smolkit.evaluation import exam, generation, harness, lengths, likelihoods
 from smolkit.evaluation.arguments import MEASUREMENTS, check, parser
 from smolkit.evaluation.comparison import comparison_table, read_run
 from smolkit.evaluation.endpoint import ServedModel
 from smolkit.evaluation.records import Record, read_records
 from smolkit.evaluation.results import Results, card_beside, check_limits, evaluation_table, update_card, write_rows
-from smolkit.evaluation.subjects import LocalModel, Subject, load_model
+from smolkit.evaluation.subjects import BATCH_SIZE, LocalModel, Subject, load_model
 from smolkit.runtime import chosen_device, compute_dtype, prepare
+from smolkit.shards import checksum
 
 NOT_SETTINGS = ("api_key", "output_dir", "compare", "compare_with", "fail_below", "fail_above")
 
@@ -79,7 +82,20 @@ def open_subject(args: argparse.Namespace) -> Subject:
     device = chosen_device(args.device)
     place = (compute_dtype(args.dtype, device), device)
     model = load_model(args.model_path, tokenizer, args.implementation, args.adapter, *place)
-    return LocalModel(model, tokenizer, args.batch_size)
+    return LocalModel(model, tokenizer, args.batch_size or BATCH_SIZE)
+
+
+def check_lengths(args: argparse.Namespace, inputs: Inputs, subject: Subject) -> None:
+    """UserError for the first item that the context does not hold: an evaluation should not end in its middle."""
+    lengths.check_window(args.context, subject)
+    asked = [(args.exam, inputs.items, exam.prompt_of), (args.preferences, inputs.pairs, generation.sample_prompt)]
+    for path, rows, prompt_of in (*asked, *((path, rows, generation.prompt_of) for path, rows in inputs.tasks.items())):
+        lengths.check_replies(path, rows, prompt_of, subject, args.max_new_tokens)
+    if (tokenizer := subject.tokenizer) is None:
+        return
+    lengths.check_rows(args.preferences, inputs.pairs, partial(likelihoods.pair_rows, tokenizer), subject)
+    for path, rows in inputs.choices.items():
+        lengths.check_rows(path, rows, partial(likelihoods.choice_rows, tokenizer, chat=args.chat), subject)
 
 
 def run_exam(args: argparse.Namespace, subject: Subject, items: list[Record], output_dir: Path) -> Results:
@@ -91,7 +107,7 @@ def run_exam(args: argparse.Namespace, subject: Subject, items: list[Record], ou
         assert isinstance(subject, LocalModel), "a server has no directory to load"
         place = (subject.model.dtype, subject.model.device)
         theirs = load_model(args.model_path, subject.tokenizer, "transformers", args.adapter, *place)
-        others = exam.take_exam(items, LocalModel(theirs, subject.tokenizer, args.batch_size), args.max_new_tokens)
+        others = exam.take_exam(items, LocalModel(theirs, subject.tokenizer, subject.batch_size), args.max_new_tokens)
         results.include(exam.same_answers(answers, exam.as_given(others)))
     write_rows(output_dir / "answers.jsonl", [asdict(answer) for answer in answers])
     return results
@@ -117,37 +133,49 @@ def run_harness(args: argparse.Namespace) -> Results:
     device = chosen_device(args.device)
     place = (str(compute_dtype(args.dtype, device)).removeprefix("torch."), str(device))
     backend = harness.backend_of_checkpoint(args.model_path, tokenizer_path, args.adapter, *place)
-    return harness.harness_results(wanted, *backend, batch_size=args.batch_size)
+    batch_size = args.batch_size or harness.default_batch_size(args.model_path)
+    return harness.harness_results(wanted, *backend, batch_size=batch_size)
 
 
 def measure(args: argparse.Namespace, inputs: Inputs, subject: Subject, output_dir: Path) -> Results:
     """All measurements but the harness's, one after the other."""
     results = Results()
+
+    def include(found: Results, path: Path) -> None:
+        results.include(found, path.name, data_checksum(path))  # the name alone: cards are for others to read
+
     if inputs.items:
-        results.include(run_exam(args, subject, inputs.items, output_dir), str(args.exam))
+        include(run_exam(args, subject, inputs.items, output_dir), args.exam)
     if inputs.pairs:
-        results.include(run_preferences(args, subject, inputs.pairs, output_dir), str(args.preferences))
+        include(run_preferences(args, subject, inputs.pairs, output_dir), args.preferences)
     if inputs.texts:
-        results.include(likelihoods.text_results(subject, inputs.texts, args.context), str(args.text))
+        include(likelihoods.text_results(subject, inputs.texts, args.context), args.text)
     for path, rows in inputs.choices.items():
-        results.include(likelihoods.choice_results(path.stem, rows, subject, args.chat), str(path))
+        include(likelihoods.choice_results(path.stem, rows, subject, args.chat), path)
     replies: list[Record] = []
     for path, rows in inputs.tasks.items():
         found, written = generation.task_results(path.stem, rows, subject, args.max_new_tokens)
-        results.include(found, str(path))
+        include(found, path)
         replies += written
     if replies:
         write_rows(output_dir / "replies.jsonl", replies)
     return results
 
 
+def data_checksum(path: Path) -> str:
+    """Of a file, or of all files under a directory."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return " ".join(checksum(file) for file in files)
+
+
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked of whom, in JSON's types."""
+    """What was asked of whom, in JSON's types; of paths the names, because metrics.json goes to the hub."""
     given = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS and value not in (None, [])}
     settings: dict[str, Any] = {}
     for name, value in given.items():
-        paths = [str(path) for path in value] if isinstance(value, list) else str(value)
-        settings[name] = paths if isinstance(value, (Path, list)) else value
+        several = value if isinstance(value, list) else [value]
+        values = [item.absolute().name if isinstance(item, Path) else item for item in several]
+        settings[name] = values if isinstance(value, list) else values[0]
     packages = ("torch", "transformers", *(("lm_eval",) if args.lm_eval else ()))
     return settings | {"versions": {package: version(package) for package in packages}}
 
@@ -161,10 +189,12 @@ def main(argv: list[str] | None = None) -> None:
     prepare(args.seed, huge_pages=True)
     started = time.monotonic()
     inputs = read(args)
-    output_dir = args.output_dir or args.model_path / "eval"
+    output_dir = args.output_dir or (args.adapter or args.model_path) / "eval"
     results = Results()
     if any(getattr(args, name) for name in MEASUREMENTS if name != "lm_eval"):
-        results.include(measure(args, inputs, open_subject(args), output_dir))
+        subject = open_subject(args)
+        check_lengths(args, inputs, subject)
+        results.include(measure(args, inputs, subject, output_dir))
     if args.lm_eval:
         results.include(run_harness(args), "lm-evaluation-harness")
     results.number("seconds", round(time.monotonic() - started, 1))

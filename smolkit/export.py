@@ -44,7 +44,7 @@ def export_native(source: Path, target: Path, dtype: str, adapter: Path | None =
 
 
 def export_gguf(source: Path, target: Path, dtype: str, adapter: Path | None = None) -> str:
-    """Write the GGUF file `target` (f32, f16, bf16, q8_0) and an Ollama `Modelfile` beside it; returns what to say."""
+    """Write the GGUF file `target` (f32, f16, bf16, q8_0) and its `modelfile_of` for Ollama; returns what to say."""
     with merged(source, adapter, target) as directory:
         report = write_gguf(directory, target, dtype, title=(adapter or source).resolve().name)
         tokenizer = load_tokenizer(directory)
@@ -52,9 +52,18 @@ def export_gguf(source: Path, target: Path, dtype: str, adapter: Path | None = N
         generation = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         config = load_config(directory, tokenizer, directory)
         text = modelfile(target, tokenizer, config.max_position_embeddings, generation)
-    with atomic_writer(target.parent / "Modelfile") as file:
+    place = modelfile_of(target)
+    with atomic_writer(place) as file:
         file.write(text)
-    return f"{report}\n{target.parent / 'Modelfile'}: ollama create NAME -f {target.parent / 'Modelfile'}"
+    return f"{report}\n{place}: ollama create NAME -f {place}"
+
+
+def modelfile_of(target: Path) -> Path:
+    """`Modelfile` beside a GGUF file, or `NAME.Modelfile` where another GGUF file of the folder has that one."""
+    common = target.parent / "Modelfile"
+    if not common.exists() or common.read_text(encoding="utf-8").startswith(f"FROM ./{target.name}\n"):
+        return common
+    return target.with_suffix(".Modelfile")
 
 
 def export_compressed(source: Path, target: Path, bits: int, adapter: Path | None = None) -> str:
@@ -63,7 +72,7 @@ def export_compressed(source: Path, target: Path, bits: int, adapter: Path | Non
 
     require_new(target)
     with merged(source, adapter, target) as directory:
-        quantize(directory, target, f"int{bits}")
+        quantize(directory, target, f"int{bits}", f"{source} + {adapter}" if adapter else None)
     return describe_report(target)
 
 

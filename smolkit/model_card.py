@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from smol_model import SmolConfig
 from smolkit.checkpoints import describe_model
 from smolkit.errors import UserError
-from smolkit.evaluation.results import evaluation_section, model_index
+from smolkit.evaluation.results import NOT_EVALUATED, evaluation_section, model_index
 from smolkit.files import atomic_writer
 from smolkit.report import read_rows
 from smolkit.run_report import RUN_FILES, SAMPLES, cards, read_run
@@ -175,7 +175,7 @@ def limits(
     """What a reader should not expect, as far as the run's files tell."""
     lines = []
     if not metrics:
-        lines.append("Not evaluated: the losses above, if any, are all that is known of its quality.")
+        lines.append(NOT_EVALUATED)
     if settings:
         lines.append(f"One run with seed {settings.get('seed')}; how much another seed changes is not known.")
     config = _json(directory / "config.json")

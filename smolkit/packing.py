@@ -474,12 +474,3 @@ class PackedCollator:
         numbers = {"max_length_q": longest, "max_length_k": longest, "tokens": sum(n for n in lengths if n > 1)}
         arrays = {**batch, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
         return {name: torch.from_numpy(array) for name, array in arrays.items()} | numbers
-
-
-def count_tokens(rows: Dataset) -> tuple[int, int]:
-    """(tokens, trained tokens) of packed rows, by reading all of them."""
-    tokens = trained = 0
-    for batch in rows.iter(1000):
-        tokens += sum(len(row) for row in batch["input_ids"])
-        trained += sum(int((np.asarray(row) != IGNORE).sum()) for row in batch["labels"])
-    return tokens, trained

@@ -39,7 +39,11 @@ GROUP_SIZES = (128, 64, 32)
 IGNORE = ["lm_head"]  # shares its weight with the embedding in small models
 REPORT = "quantization.json"
 INT8_PAYS_FROM = 2**22  # weights of an MLP layer, see Int8Product.pays
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer and settings
+# What a loader needs beside the weights: nothing of the run, or the copy would look like a finished one itself.
+COPIED = (
+    "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "vocab.txt merges.txt *.model *.jinja"
+).split()
 
 # --- making -------------------------------------------------------------------------------------------------
 
@@ -58,15 +62,19 @@ def cached(source: str | Path, method: str) -> Path:
     return target
 
 
-def quantize(source: str | Path, target: str | Path, method: str) -> dict[str, Any]:
-    """Write the quantised checkpoint to the new directory `target`, whole or not at all; returns its report."""
+def quantize(source: str | Path, target: str | Path, method: str, name: str | None = None) -> dict[str, Any]:
+    """Write the quantised checkpoint to the new or empty directory `target`, whole or not at all; returns its report.
+
+    `name`: what the report and the card call the source, where its path says nothing."""
     from compressed_tensors import ModelCompressor  # heavy; only this needs it
 
     source, target = require_checkpoint(source), Path(target)
-    if target.exists():
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already: remove it or choose another directory")
     _check_source(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
     size = _choose_group_size(source, model, method)
     count, moved = _set_scales(model, method, size)
     compressor = ModelCompressor.from_pretrained_model(model)
@@ -83,7 +91,7 @@ def quantize(source: str | Path, target: str | Path, method: str) -> dict[str, A
                     shutil.copy2(file, aside / file.name)
         before, after = (sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (source, aside))
         report = {
-            "source": str(source),
+            "source": name or str(source),
             "method": method,
             "scheme": PRESETS[method],
             "group_size": size,

@@ -128,6 +128,35 @@ def test_fewer_bits_are_a_directory_that_transformers_reads(world, tmp_path, cap
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.1
 
 
+def test_four_bits_of_a_merged_adapter(world, tmp_path):
+    """What is rounded is the sum, and what was rounded is named, not the directory it was merged in."""
+    torch.manual_seed(0)
+    model = SmolForCausalLM(SmolConfig(**SHAPE | {"intermediate_size": 64}, vocab_size=320))
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(AutoTokenizer.from_pretrained(world / "llama"), tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(SmolForCausalLM.from_pretrained(tmp_path / "base"), lora).save_pretrained(tmp_path / "adapter")
+    arguments = f"--model_path {tmp_path}/base --adapter {tmp_path}/adapter --output {tmp_path}/int4 --bits 4"
+    export.main([*arguments.split(), "--format", "compressed-tensors"])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain, exact = logits(base), logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    rounded = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32))
+    assert 0 < (rounded - exact).norm() < (rounded - plain).norm()
+    named = f"{tmp_path}/base + {tmp_path}/adapter"
+    assert json.loads((tmp_path / "int4" / "quantization.json").read_text())["source"] == named
+    assert named in (tmp_path / "int4" / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "int4"]
+
+
+def test_every_gguf_file_of_a_folder_has_its_modelfile(world, tmp_path, capsys):
+    for name, dtype in (("a", "f16"), ("b", "q8_0"), ("a", "bf16")):
+        export.main(f"--model_path {world}/llama --format gguf --dtype {dtype} --output {tmp_path}/{name}.gguf".split())
+    assert f"ollama create NAME -f {tmp_path}/b.Modelfile" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "a.gguf", "b.Modelfile", "b.gguf"]
+    assert (tmp_path / "Modelfile").read_text().startswith("FROM ./a.gguf\n")
+    assert (tmp_path / "b.Modelfile").read_text().startswith("FROM ./b.gguf\n")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_another_dtype_is_a_complete_directory(case, world, tmp_path):
     export.main(["--model_path", f"{world}/{case}", "--format", "safetensors", "--output", f"{tmp_path}/bf16"])

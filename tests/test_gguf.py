@@ -4,6 +4,7 @@ and llama.cpp itself."""
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -413,7 +414,18 @@ CONVERSATION = [
     {"role": "assistant", "content": "Sun in Rome, snow in Oslo."},
     {"role": "user", "content": "Thanks"},
 ]
-# Fills the template in as Ollama does: system text apart, messages with the fields of its API.
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"The {name} in a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+    for name in ("weather", "time")
+]
+# Fills the template in as Ollama does: system text apart, messages and tools with the fields of its API.
 GO_PROGRAM = """
 package main
 
@@ -436,9 +448,27 @@ type Message struct {
 	Role, Content string
 	ToolCalls     []Call `json:"tool_calls"`
 }
+type Parameters struct {
+	Type       string         `json:"type"`
+	Required   []string       `json:"required,omitempty"`
+	Properties map[string]any `json:"properties"`
+}
+type ToolFunction struct {
+	Name        string     `json:"name"`
+	Description string     `json:"description,omitempty"`
+	Parameters  Parameters `json:"parameters"`
+}
+
+func (f *ToolFunction) String() string { b, _ := json.Marshal(f); return string(b) }
+
+type Tool struct{ Function ToolFunction }
+type Case struct {
+	Messages []Message
+	Tools    []Tool
+}
 
 func main() {
-	var cases [][]Message
+	var cases []Case
 	if err := json.NewDecoder(os.Stdin).Decode(&cases); err != nil {
 		panic(err)
 	}
@@ -448,13 +478,13 @@ func main() {
 	}
 	parsed := template.Must(template.New("").Parse(string(text)))
 	rendered := []string{}
-	for _, messages := range cases {
-		system := ""
+	for _, asked := range cases {
+		messages, system := asked.Messages, ""
 		if messages[0].Role == "system" {
 			system = messages[0].Content
 		}
 		var out Writer
-		values := map[string]any{"System": system, "Messages": messages, "Tools": nil, "Response": ""}
+		values := map[string]any{"System": system, "Messages": messages, "Tools": asked.Tools, "Response": ""}
 		if err := parsed.Execute(&out, values); err != nil {
 			panic(err)
 		}
@@ -485,11 +515,15 @@ def test_modelfile(tokenizer, tmp_path):
     assert "TEMPLATE" not in modelfile(tmp_path / "model.gguf", foreign, 128)
 
 
+TOOL_LINE = re.compile(r'^{"name": ?"\w+", ?"description".*$', re.MULTILINE)
+
+
 @pytest.mark.skipif(not shutil.which("go"), reason="Ollama's templates are Go's: needs the go command")
 def test_the_go_template_renders_as_the_chat_template(tokenizer, tmp_path):
     (tmp_path / "main.go").write_text(GO_PROGRAM)
     (tmp_path / "template").write_text(GO_TEMPLATE)
-    cases = [CONVERSATION[:n] for n in (2, 5, 7)] + [CONVERSATION[1:2]]
+    asked = [CONVERSATION[:n] for n in (2, 5, 7)] + [CONVERSATION[1:2]]
+    cases = [{"messages": messages, "tools": tools} for messages in asked for tools in (None, TOOLS[:1], TOOLS)]
     result = subprocess.run(
         ["go", "run", "main.go", "template"],
         input=json.dumps(cases),
@@ -501,9 +535,13 @@ def test_the_go_template_renders_as_the_chat_template(tokenizer, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     for case, found in zip(cases, json.loads(result.stdout), strict=True):
-        expected = tokenizer.apply_chat_template(case, tokenize=False, add_generation_prompt=True)
-        # Go's JSON has no spaces after colons and commas
-        assert found == expected.replace('{"city": ', '{"city":')
+        expected = tokenizer.apply_chat_template(
+            case["messages"], tools=case["tools"], tokenize=False, add_generation_prompt=True
+        )
+        # Go's JSON has no spaces after colons and commas, and a tool's keys are in the order of Ollama's API.
+        assert TOOL_LINE.sub("", found) == TOOL_LINE.sub("", expected).replace('{"city": ', '{"city":')
+        lines, wanted = (list(map(json.loads, TOOL_LINE.findall(text))) for text in (found, expected))
+        assert lines == wanted and len(lines) == len(case["tools"] or [])
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------------
@@ -557,11 +595,11 @@ def test_llama_cpp_reads_narrower_types(case, dtype, checkpoints, tmp_path):
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_llama_cpp_tokenises_and_renders_the_same(name, tmp_path):
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
     tokenizer = make_tokenizer(name)
     write_gguf(build(tmp_path / "model", "llama", tokenizer), tmp_path / "model.gguf", "f32")
     llama = open_in_llama_cpp(tmp_path / "model.gguf")
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # behind the line that skips where it is missing
+
     for text in [*TEXTS, *corpus(20)]:
         ids = tokenizer(text).input_ids
         assert llama.tokenize(text.encode(), add_bos=True, special=True) == ids

@@ -15,6 +15,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 
 
+DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
+
+
 def read(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -62,9 +65,14 @@ def test_shipped_outputs_are_whole_and_light(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_notebooks_define_nothing_that_the_project_has(path: Path) -> None:
-    """They import public names only."""
-    source = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
-    assert not re.findall(r"^from \S+ import .*\b_\w+", source, re.MULTILINE)
+    """They import public names only, and define none that a module has; 01, which teaches, checks its own beside it."""
+    cells = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    assert not re.findall(r"^from \S+ import .*\b_\w+", "\n".join(cells), re.MULTILINE)
+    modules = [*(ROOT / "smolkit").rglob("*.py"), ROOT / "smol_model.py", ROOT / "smol_kernels.py"]
+    taken = {name for module in modules for name in DEFINED.findall(module.read_text(encoding="utf-8"))}
+    for cell, following in zip(cells, [*cells[1:], ""], strict=True):
+        checked = path.stem.startswith("01") and "assert_close" in following
+        assert checked or not taken & set(DEFINED.findall(cell)), cell
 
 
 SLOW = pytest.mark.slow  # they start several programs
@@ -92,7 +100,9 @@ def test_the_training_ones_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[0] > 7 and losses[-1] < 1.2
     text = execute(ROOT / "notebooks" / "04-align-and-serve.ipynb", tmp_path, monkeypatch)
-    assert "get_weather" in text and os.path.isfile(tmp_path / "dpo" / "model.safetensors")
+    assert "\nmodel   [('get_weather', " in text, "the reply is a call (the tool's description is printed before it)"
+    assert "\nwith adapter  Thank you, " in text and "\nwithout       Thank" not in text
+    assert os.path.isfile(tmp_path / "dpo" / "model.safetensors")
     margins = [json.loads(line).get("rewards/margins") for line in open(tmp_path / "dpo" / "metrics.jsonl")]
     margins = [margin for margin in margins if margin is not None]
     assert abs(margins[0]) < 0.05 < 0.2 < margins[-1]

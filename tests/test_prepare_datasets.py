@@ -17,7 +17,7 @@ from smolkit.doctor import read_dpo, read_pretrain, read_sft
 from smolkit.errors import UserError
 from smolkit.sources import gsm8k, pipeline
 from smolkit.sources.files import DataFile
-from smolkit.sources.pipeline import Input, Limits, Settings, Stream, is_validation
+from smolkit.sources.pipeline import Input, Limits, Settings, Stream, identity_hash, in_share
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -271,7 +271,7 @@ def test_the_split_depends_on_the_question_alone(all_copies: Path, tmp_path: Pat
         "dpo", "validation"
     )
     assert len(questions("sft", "")) + len(questions("sft", "validation")) == 20 and questions("sft", "validation")
-    share = sum(is_validation({"text": f"text {i}"}, 0.1) for i in range(5000)) / 5000
+    share = sum(in_share(identity_hash({"text": f"text {i}"}), 0.1) for i in range(5000)) / 5000
     assert 0.08 < share < 0.12
 
 

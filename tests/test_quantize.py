@@ -1,6 +1,7 @@
 """int8 and int4 directories: what is in them, that others read them, and that the engine computes what they say."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,17 @@ def test_made_once(sources: dict[str, Path], cache: Path, monkeypatch: pytest.Mo
     with pytest.raises(ZeroDivisionError):
         quantize.quantize(sources["llama"], tmp_path / "broken", "int8")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_of_the_run_comes_along(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A directory with training_complete.json would count as a finished run, and get a card of one."""
+    shutil.copytree(sources["llama"], tmp_path / "run")
+    for name in ("training_complete.json", "run_settings.json", "diagnosis.json", "notes.txt", "tokenizer.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    (tmp_path / "q").mkdir()  # an empty directory is as good as none
+    quantize.quantize(tmp_path / "run", tmp_path / "q", "int8")
+    written = {"README.md", "config.json", "generation_config.json", "model.safetensors", quantize.REPORT}
+    assert {path.name for path in (tmp_path / "q").iterdir()} == written | {"tokenizer.json"}
 
 
 def test_refusals(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ BLOCKS = {
     "python export.py": RUN,
     "--upcycle_from": RUN,
     "out/mine/tokenizer": RUN,
+    "hf download": RUN,
 }  # fmt: skip
 
 
@@ -283,7 +284,7 @@ def test_a_wrong_flag_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_programs_are_known() -> None:
     """A command that begins with something else is read by nobody here."""
-    known = "python python3.11 pip make bash cat mkdir curl accelerate torchrun deepspeed jupyter".split()
+    known = "python python3.11 pip hf make bash cat mkdir curl accelerate torchrun deepspeed jupyter".split()
     known += ["sbatch", "ray", "vllm", "until", "kill", "server=$!"]  # what serves, and the lines around a server
     for content in shell_blocks():
         if content.startswith("Makefile"):
@@ -669,6 +670,17 @@ CASES = {
         part=(2, 5),
         instead={"--max_steps 80": "--max_steps 3", "^python serve_hf.py": "serve python serve_hf.py"},
         after=("own text: pretraining",),
+        before=SERVE,
+    ),
+    "a public checkpoint": Case(
+        "hf download",
+        both(trained("out/public/sft", "out/public/lora"), has(says=["200 http://127.0.0.1:"])),
+        instead={
+            r"(--\w+_model) public/base": r"\1 output/pretrain",
+            "--num_epochs 1": "--max_steps 3",
+            "^python serve_hf.py": "serve python serve_hf.py",
+        },
+        after=("pretraining",),
         before=SERVE,
     ),
 }

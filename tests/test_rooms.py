@@ -10,10 +10,29 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"smol_model", "smol_kernels"}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - MODEL
 ROOMS = sorted((ROOT / "smolkit").rglob("*.py"))
-# Rooms that serve requests or read data must start without a model library behind them.
+NUMBERS = ("statistics.py", "results.py", "comparison.py", "records.py", "texts.py")  # of smolkit/evaluation/
+# Programs and libraries that speak HTTP. chat.py may catch the errors of `openai`: smolkit/clients.py makes the client.
+HTTP = {"requests", "httpx", "aiohttp", "urllib.request", "http", "fastapi", "starlette", "uvicorn", "pydantic"}
+HTTP_ROOMS = {"smolkit.openai_api", "smolkit.openai_types", "smolkit.answers", "smolkit.http_guard"}
+TEXT_ROOMS = {"tokenizers", "smolkit.chat", "smolkit.text_stream", "smolkit.tokenizer"}
+TRAINERS = "training optimizer progress guards packing persistence preference_trainer expert_trainer samples".split()
+TRAINING = {"trl", "accelerate", "deepspeed", *(f"smolkit.{name}" for name in TRAINERS)}
+GENERATION_ROOMS = ("engine", "batch", "decoder", "vllm_engine")
+# What a room must not import itself (a name stands for all below it). What its imports import in turn is not followed:
+# most rooms that only read data render conversations as well, and so load transformers.
 FORBIDDEN = {
+    "smol_model.py": {"argparse", "tokenizers", "torch.distributed", "transformers.PreTrainedTokenizerFast"},
+    "smol_kernels.py": {"argparse", "tokenizers", "torch.distributed"},
+    "smolkit/arguments.py": {"torch"},
+    "smolkit/runtime.py": {"smol_model", "datasets", "smolkit.packing"},
+    "smolkit/filters.py": {"torch", "transformers", "tokenizers"},
+    "smolkit/chat.py": {"torch", "smol_model", *HTTP, *HTTP_ROOMS},
+    "smolkit/parallel.py": {"datasets", "smolkit.packing", "smolkit.doctor"},
+    **{f"smolkit/{name}.py": {*HTTP, *HTTP_ROOMS, *TEXT_ROOMS} for name in GENERATION_ROOMS},
+    **{f"smolkit/{name}.py": TRAINING for name in ("quantize", "export", "gguf_file")},
     "smolkit/openai_api.py": {"torch", "vllm"},
     "smolkit/openai_types.py": {"torch", "vllm"},
+    "smolkit/answers.py": {"torch", "vllm"},
     "smolkit/http_guard.py": {"torch", "transformers", "vllm"},
     "smolkit/errors.py": {"torch", "transformers"},
     "smolkit/files.py": {"torch", "transformers"},
@@ -26,9 +45,13 @@ FORBIDDEN = {
     **{f"smolkit/doctor/{path.name}": {"torch"} for path in (ROOT / "smolkit" / "doctor").glob("*.py")},
     "smolkit/tokenizer.py": {"torch"},
     "smolkit/packing.py": {"smol_model"},
-    "smolkit/planner.py": {"torch", "transformers"},
-    **{f"smolkit/evaluation/{name}.py": {"torch", "transformers"} for name in ("statistics", "results", "comparison")},
+    "smolkit/planner.py": {"torch", "transformers", "smol_model.SmolForCausalLM"},  # a configuration, never a model
+    **{
+        f"smolkit/evaluation/{name}": TRAINING | ({"torch", "transformers"} if name in NUMBERS else set())
+        for name in (path.name for path in (ROOT / "smolkit" / "evaluation").glob("*.py"))
+    },
     "smolkit/shards.py": {"smol_model", "torch"},
+    **{f"{name}.py": {*HTTP, "torch.distributed"} for name in SCRIPTS},
 }
 
 
@@ -69,7 +92,25 @@ def test_scripts_do_not_import_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_rooms_stay_clear_of_what_they_must_not_touch(name: str) -> None:
-    assert not roots(ROOT / name) & FORBIDDEN[name]
+    found = {used for used in imports(ROOT / name) for word in FORBIDDEN[name] if f"{used}.".startswith(f"{word}.")}
+    assert not found
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_scripts_leave_the_work_to_the_rooms(name: str) -> None:
+    """No gradients and no ranks; their imports are looked at above."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not [found for found in attributes if re.search(r"\.backward$|\bdistributed\b", found)]
+
+
+def test_what_all_trainers_share_names_no_stage() -> None:
+    text = (ROOT / "smolkit" / "training.py").read_text(encoding="utf-8")
+    assert not re.findall(r"\b\w*(?:sft|dpo|lora)\w*\b", text, re.IGNORECASE)
+
+
+def test_the_launcher_files_are_no_python() -> None:
+    assert not list((ROOT / "accelerate_offload").rglob("*.py"))
 
 
 def test_the_data_sources_touch_the_network_in_one_place_only() -> None:

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from smolkit.errors import UserError
-from smolkit.evaluation.results import read_limits
+from smolkit.evaluation.results import RESERVED, read_limits
+from smolkit.evaluation.subjects import BATCH_SIZE
 
 MEASUREMENTS = ("exam", "preferences", "text", "multiple_choice", "generation", "lm_eval")
 NEED_LOG_PROBS = ("preferences", "text", "multiple_choice")
@@ -59,10 +60,11 @@ def _add_measurements(group: argparse._ArgumentGroup) -> None:
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    help_text = "at most this many items of each measurement"
+    help_text = "at most this many items of each measurement (a .txt is one)"
     add("--max_items", "--limit", type=int, dest="max_items", metavar="N", help=help_text)
-    add("--output_dir", type=Path, help="default: MODEL_PATH/eval")
-    add("--batch_size", type=int, default=128, help="sequences decoded together (default: 128)")
+    add("--output_dir", type=Path, help="default: MODEL_PATH/eval, with --adapter ADAPTER/eval")
+    help_text = f"sequences decoded together (default: {BATCH_SIZE}; of --lm_eval, what 1 GiB of logits allows)"
+    add("--batch_size", type=int, help=help_text)
     add("--max_new_tokens", type=int, default=96, help="length limit of a reply (default: 96)")
     add("--context", type=int, help="tokens of a window of --text (default: the model's context)")
     help_text = "of the sampled replies to the pairs' prompts (default: 0.7)"
@@ -85,12 +87,16 @@ def _add_uses(group: argparse._ArgumentGroup) -> None:
 def check(args: argparse.Namespace) -> None:
     """UserError for what does not go together, before anything is read; limits become numbers."""
     if args.compare:
-        if len(args.compare) < 2 or args.model_path or args.endpoint:
-            raise UserError("--compare A B ... takes two or more evaluated directories and nothing else")
+        unset = vars(parser(None).parse_args([]))
+        others = [name for name, value in vars(args).items() if name != "compare" and value != unset[name]]
+        if len(args.compare) < 2 or others:
+            found = f", not --{others[0]}" if others else ""
+            raise UserError(f"--compare A B ... takes two or more evaluated directories and nothing else{found}")
         return
     asked = [name for name in MEASUREMENTS if getattr(args, name)]
     if not asked:
         raise UserError(f"nothing to evaluate: give one of {', '.join(f'--{name}' for name in MEASUREMENTS)}")
+    _check_names(args)
     if bool(args.model_path) == bool(args.endpoint):
         raise UserError("give either --model_path DIR or --endpoint URL")
     if args.endpoint:
@@ -110,6 +116,18 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--context {args.context}: a window needs at least 2 tokens")
     args.fail_below = read_limits(args.fail_below, "--fail_below")
     args.fail_above = read_limits(args.fail_above, "--fail_above")
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """Figures are called like their files: UserError for two of one name, and for a name that is taken."""
+    for flag, paths in (("--multiple_choice", args.multiple_choice), ("--generation", args.generation)):
+        seen: set[str] = set()
+        for path in paths:
+            taken = flag == "--generation" and path.stem in (*RESERVED, "seconds")
+            if taken or path.stem in seen:
+                owner = "metrics.json has that name for something else" if taken else "another file has that name"
+                raise UserError(f"{flag} {path}: its figures would be called {path.stem!r}, but {owner}; rename it")
+            seen.add(path.stem)
 
 
 def _check_endpoint(args: argparse.Namespace, asked: list[str]) -> None:

@@ -29,7 +29,8 @@ def read_run(path: Path) -> Run:
     items: dict[str, dict[str, Value]] = {}
     try:
         metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-        for line in (directory / ITEMS).read_text(encoding="utf-8").splitlines():
+        # Not splitlines: a text may hold other line ends than ours, such as U+2028.
+        for line in filter(str.strip, (directory / ITEMS).read_text(encoding="utf-8").split("\n")):
             row = json.loads(line)
             for name, value in row["values"].items():
                 items.setdefault(name, {})[row["id"]] = value
@@ -57,12 +58,35 @@ def difference(first: Mapping[str, Value], second: Mapping[str, Value]) -> tuple
     return change, paired_bootstrap(before, after)[2], len(pairs)
 
 
+def same_data(baseline: Run, run: Run, name: str) -> bool:
+    """Whether a figure of both runs was measured on the same data: equal ids alone do not say so."""
+    return checksum(baseline, name) == checksum(run, name)
+
+
+def checksum(run: Run, name: str) -> str | None:
+    """That of a figure's data; None where it comes from no file."""
+    found: str | None = run.metrics.get("checksums", {}).get(name)
+    return found
+
+
 def compared(baseline: Run, run: Run, name: str) -> dict[str, Any]:
     """One figure of `run`, and its difference from the baseline where it can be tested."""
     cell: dict[str, Any] = {"value": run.metrics.get(name)}
-    if run is not baseline and (found := difference(baseline.items.get(name, {}), run.items.get(name, {}))):
+    if run is baseline or not same_data(baseline, run, name):
+        return cell
+    if found := difference(baseline.items.get(name, {}), run.items.get(name, {})):
         cell |= dict(zip(("difference", "p", "items"), found, strict=True))
     return cell
+
+
+def on_other_data(runs: Sequence[Run]) -> list[str]:
+    """A line for each run with figures that cannot be tested, because the first run measured them on other data."""
+    baseline, lines = runs[0], []
+    for run in runs[1:]:
+        names = [name for name in run.items if name in baseline.items and not same_data(baseline, run, name)]
+        if names:
+            lines.append(f"not tested: {baseline.name} and {run.name} measured {', '.join(names)} on different data")
+    return lines
 
 
 def compare(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -72,12 +96,13 @@ def compare(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def comparison_table(runs: Sequence[Run]) -> str:
-    """`compare` as a Markdown table; differences of shares are in percentage points, `*` marks p < 0.05."""
+    """`compare` as a Markdown table; differences of shares are in percentage points, `*` marks p < 0.05. Below it
+    `on_other_data`."""
     shares = {name for run in runs for name in run.metrics.get("shares", ())}
     rows = [["figure", *(run.name for run in runs)]]
     for name, cells in compare(runs).items():
         rows.append([name, *(_cell(cells[run.name], name in shares) for run in runs)])
-    return markdown_table(rows, "l" + "r" * len(runs))
+    return "\n".join([markdown_table(rows, "l" + "r" * len(runs)), *on_other_data(runs)])
 
 
 def _cell(cell: Mapping[str, Any], is_share: bool) -> str:

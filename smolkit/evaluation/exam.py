@@ -14,7 +14,7 @@ from pathlib import Path
 from smolkit.chat import parse_tool_calls
 from smolkit.errors import UserError
 from smolkit.evaluation.records import Record, missing, read_records
-from smolkit.evaluation.results import Results
+from smolkit.evaluation.results import RESERVED, Results
 from smolkit.evaluation.subjects import Prompt, Subject
 from smolkit.evaluation.texts import refuses
 
@@ -31,6 +31,8 @@ def read_exam(path: Path, kinds: Sequence[str] | None = None, limit: int | None 
 def problem_of_item(item: Record) -> str | None:
     """What is wrong with an exam item, or None."""
     problem = missing(item, "id", "kind", "language", "messages", "answer")
+    if not problem and item["kind"] in RESERVED:
+        problem = f"kind {item['kind']!r} is a key of metrics.json: call it otherwise"
     if not problem and not isinstance(item["answer"], (str, list, dict)):
         problem = "answer must be a text, a list of texts or a call"
     return f"exam item: {problem}" if problem else None
@@ -51,9 +53,14 @@ class Answer:
     verdicts: dict[str, bool]
 
 
+def prompt_of(item: Record) -> Prompt:
+    """What is asked by an exam item."""
+    return Prompt(item["messages"], item.get("tools"))
+
+
 def take_exam(items: list[dict], subject: Subject, max_new_tokens: int) -> list[Answer]:
     """Ask every item, greedily, and judge the replies."""
-    prompts = [Prompt(item["messages"], item.get("tools")) for item in items]
+    prompts = [prompt_of(item) for item in items]
     answers = []
     for item, reply in zip(items, subject.replies(prompts, max_new_tokens, desc="exam"), strict=True):
         verdicts = judge(item["answer"], reply.text)
@@ -148,7 +155,7 @@ def as_given(answers: list[Answer]) -> list[Given]:
 def read_answers(path: Path) -> list[Given]:
     """The answers in an `answers.jsonl` of another run."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         return [(row["id"], row["output_ids"], row["text"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not an answers.jsonl of eval_model.py ({error})") from None

@@ -99,15 +99,16 @@ def verdicts_of(row: Record, text: str) -> dict[str, bool]:
     return verdicts
 
 
+def prompt_of(row: Record) -> Prompt:
+    """What is asked by a row of a task."""
+    return Prompt(row.get("messages"), row.get("tools"), row.get("prompt"), tuple(_listed(row.get("stop", []))))
+
+
 def task_results(
     name: str, rows: Sequence[Record], subject: Subject, max_new_tokens: int
 ) -> tuple[Results, list[Record]]:
     """Figures of a task, called `NAME` (share of right replies) and `NAME_…`, and the replies."""
-    prompts = [
-        Prompt(row.get("messages"), row.get("tools"), row.get("prompt"), tuple(_listed(row.get("stop", []))))
-        for row in rows
-    ]
-    replies = subject.replies(prompts, max_new_tokens, desc=name)
+    replies = subject.replies([prompt_of(row) for row in rows], max_new_tokens, desc=name)
     names, results = identifiers(list(rows), name), Results()
     judged = [verdicts_of(row, reply.text) for row, reply in zip(rows, replies, strict=True)]
     for verdict in sorted({verdict for verdicts in judged for verdict in verdicts}):
@@ -135,18 +136,23 @@ def add_text_figures(results: Results, name: str, names: Sequence[str], replies:
 # --- samples ------------------------------------------------------------------------------------------------
 
 
+def sample_prompt(pair: Record) -> Prompt | None:
+    """What is asked by a pair: its prompt where it has `quality` hints, else nothing."""
+    return Prompt(pair["prompt"], pair.get("tools")) if pair.get("quality") else None
+
+
 def sample_results(
     pairs: Sequence[Record], subject: Subject, max_new_tokens: int, temperature: float, seed: int
 ) -> tuple[Results, list[Record]]:
     """`preferred_quality`, the share of sampled replies to the pairs' prompts that show the quality wanted by the
     pairs' `quality` hints (`must_start_with`, `must_end_with`: one of the texts each) and end; their diversity as
     `sample_…`; and the replies themselves. Nothing where no pair has hints."""
-    hinted = [pair for pair in pairs if pair.get("quality")]
+    asked = [(pair, prompt) for pair in pairs if (prompt := sample_prompt(pair))]
     results = Results()
-    if not hinted:
+    if not asked:
         return results, []
-    prompts = [Prompt(pair["prompt"], pair.get("tools")) for pair in hinted]
-    replies = subject.replies(prompts, max_new_tokens, temperature, seed, desc="samples")
+    hinted = [pair for pair, _ in asked]
+    replies = subject.replies([prompt for _, prompt in asked], max_new_tokens, temperature, seed, desc="samples")
     names = identifiers(hinted, "pair")
     preferred = [r.ended and shows(pair["quality"], r.text) for pair, r in zip(hinted, replies, strict=True)]
     results.add("preferred_quality", zip(names, preferred, strict=True))

@@ -11,10 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from smolkit.checkpoints import require_checkpoint
 from smolkit.errors import UserError
 from smolkit.evaluation.endpoint import ServedModel
 from smolkit.evaluation.results import Results, Value, fraction
+from smolkit.evaluation.subjects import BATCH_SIZE
 
+LOGITS_PER_BATCH = 2**28  # 1 GiB in float32
+LONG = 1024  # tokens: few documents of the usual tasks have more
 INSTALL = "pip install -r requirements-eval.txt"
 
 
@@ -59,6 +65,14 @@ def backend_of_endpoint(endpoint: ServedModel, tokenizer_path: Path | None, chat
     # the backend itself keeps one token for the answer
     arguments |= {"max_length": endpoint.context + 1} if endpoint.context else {}
     return "local-completions", arguments | {"base_url": f"{endpoint.url}/completions"}
+
+
+def default_batch_size(model_path: Path) -> int:
+    """Rows at a time: at most BATCH_SIZE, and not more than keep the logits of documents of LONG tokens within
+    LOGITS_PER_BATCH (the harness holds those of a whole batch, twice)."""
+    config = AutoConfig.from_pretrained(require_checkpoint(model_path))
+    row = config.vocab_size * min(LONG, config.max_position_embeddings)
+    return max(1, min(BATCH_SIZE, LOGITS_PER_BATCH // row))
 
 
 def harness_results(wanted: HarnessTasks, backend: str, arguments: Mapping[str, Any], batch_size: int) -> Results:

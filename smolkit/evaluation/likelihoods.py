@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from smolkit.chat import encode_text, render
+from smolkit.checkpoints import document_end_id
 from smolkit.doctor import read_pretrain
 from smolkit.errors import UserError
 from smolkit.evaluation.records import Record, identifiers, missing
@@ -32,18 +33,19 @@ def text_results(subject: Subject, texts: Sequence[str], context: int | None = N
     """`bits_per_byte` (independent of the tokenizer) and per-token `perplexity` of texts, every token counted
     once.
 
-    Each text starts after the document separator; long ones are read in windows of `context` tokens (default:
-    the subject's) that overlap by half, so that no token but the first ones is predicted from less than half a
-    window. A text is an item: the intervals say how far the figures would move with other texts of the kind."""
+    Each text starts after what came before it in training: the tokenizer's BOS where it puts one before every text,
+    else the end of another document. Long ones are read in windows of `context` tokens (default: the subject's) that
+    overlap by half, so that no token but the first ones is predicted from less than half a window. A text is an item:
+    the intervals say how far the figures would move with other texts of the kind."""
     tokenizer = tokenizer_of(subject, "text")
     context = context or subject.context
     if context is None:
         raise UserError("the server does not say how long its context is: give --context")
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
+    before = leading_ids(tokenizer) or [document_end_id(tokenizer)]
     rows: list[Row] = []
     owners: list[int] = []
     for owner, text in enumerate(texts):
-        found = windows([separator, *encode_text(tokenizer, text)], context)
+        found = windows([*before, *encode_text(tokenizer, text)], context)
         rows += found
         owners += [owner] * len(found)
     if not rows:
@@ -58,7 +60,7 @@ def text_results(subject: Subject, texts: Sequence[str], context: int | None = N
     results.add("bits_per_byte", [(f"text-{i}", (nats[i] / math.log(2), sizes[i])) for i in kept])
     perplexity = math.exp(math.fsum(nats) / sum(tokens))
     interval = None
-    if len(kept) > 1:
+    if len(kept) > 1 and math.isfinite(perplexity):
         low, high = bootstrap([nats[i] for i in kept], [tokens[i] for i in kept])
         interval = (math.exp(low), math.exp(high))
     results.number("perplexity", perplexity, interval)
@@ -94,12 +96,7 @@ def preference_results(subject: Subject, pairs: Sequence[dict]) -> Results:
     tokenizer = tokenizer_of(subject, "preferences")
     rows: list[Row] = []
     for pair in pairs:
-        prompt = render(tokenizer, pair["prompt"], tools=pair.get("tools"), add_generation_prompt=True).input_ids
-        for side in ("chosen", "rejected"):
-            whole = render(tokenizer, pair["prompt"] + pair[side], tools=pair.get("tools"))
-            assert whole.input_ids[: len(prompt)] == prompt, "a prompt must be a prefix of its conversation"
-            mask = [0] * len(prompt) + whole.loss_mask[len(prompt) :]
-            rows.append((whole.input_ids, mask))
+        rows += pair_rows(tokenizer, pair)
     sums = subject.log_probs(rows, desc="preferences")
     margins = [good - bad for good, bad in zip(sums[0::2], sums[1::2], strict=True)]
     names = identifiers(list(pairs), "pair")
@@ -107,6 +104,17 @@ def preference_results(subject: Subject, pairs: Sequence[dict]) -> Results:
     results.add("preference_accuracy", [(name, margin > 0) for name, margin in zip(names, margins, strict=True)])
     results.add("preference_margin", zip(names, margins, strict=True))
     return results
+
+
+def pair_rows(tokenizer: PreTrainedTokenizerFast, pair: Record) -> list[Row]:
+    """The conversation with the chosen and with the rejected answer as ids, the answer's to be scored."""
+    prompt = render(tokenizer, pair["prompt"], tools=pair.get("tools"), add_generation_prompt=True).input_ids
+    rows: list[Row] = []
+    for side in ("chosen", "rejected"):
+        whole = render(tokenizer, pair["prompt"] + pair[side], tools=pair.get("tools"))
+        assert whole.input_ids[: len(prompt)] == prompt, "a prompt must be a prefix of its conversation"
+        rows.append((whole.input_ids, [0] * len(prompt) + whole.loss_mask[len(prompt) :]))
+    return rows
 
 
 # --- multiple choice ----------------------------------------------------------------------------------------
@@ -133,20 +141,25 @@ def choice_results(name: str, rows: Sequence[Record], subject: Subject, chat: bo
     after dividing by the choice's length in characters. Both as lm-evaluation-harness defines them, ties going to
     the earlier choice. A choice continues the question after a space; with `chat` it is the reply to it."""
     tokenizer = tokenizer_of(subject, "multiple choice")
-    pairs = [choice_row(tokenizer, row["question"], choice, chat) for row in rows for choice in row["choices"]]
-    sums = iter(subject.log_probs(pairs, desc=name))
+    sums = iter(subject.log_probs([scored for row in rows for scored in choice_rows(tokenizer, row, chat)], desc=name))
     plain, normalised = [], []
     for identifier, row in zip(identifiers(list(rows), name), rows, strict=True):
         choices = row["choices"]
         right = choices.index(row["answer"]) if isinstance(row["answer"], str) else row["answer"]
         scores = [next(sums) for _ in choices]
         by_length = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
-        plain.append((identifier, scores.index(max(scores)) == right))
-        normalised.append((identifier, by_length.index(max(by_length)) == right))
+        numbers = all(map(math.isfinite, scores))  # else no choice is the best
+        plain.append((identifier, numbers and scores.index(max(scores)) == right))
+        normalised.append((identifier, numbers and by_length.index(max(by_length)) == right))
     results = Results()
     results.add(f"{name}_acc", plain)
     results.add(f"{name}_acc_norm", normalised)
     return results
+
+
+def choice_rows(tokenizer: PreTrainedTokenizerFast, row: Record, chat: bool) -> list[Row]:
+    """`choice_row` of every choice of a question."""
+    return [choice_row(tokenizer, row["question"], choice, chat) for choice in row["choices"]]
 
 
 def choice_row(tokenizer: PreTrainedTokenizerFast, question: str, choice: str, chat: bool) -> Row:

@@ -15,7 +15,7 @@ def read_records(path: Path, check: Callable[[Record], str | None], remedy: str)
     `remedy` for a file that cannot be read."""
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold U+2028 and the like
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}; {remedy}") from None
     for number, line in enumerate(lines, start=1):

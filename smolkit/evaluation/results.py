@@ -15,6 +15,9 @@ from smolkit.files import atomic_writer, write_json
 Value = bool | float | tuple[float, float]
 Interval = tuple[float, float]
 METRICS, ITEMS, TABLE = "metrics.json", "items.jsonl", "metrics.md"
+# Keys of metrics.json that are no figures, which no figure may take.
+RESERVED = ("intervals", "shares", "data", "checksums", "settings")
+NOT_EVALUATED = "Not evaluated: the losses above, if any, are all that is known of its quality."
 _BEGIN, _END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
 
 
@@ -31,6 +34,7 @@ class Figure:
     interval: Interval | None = None
     items: Mapping[str, Value] = field(default_factory=dict)
     data: str = ""
+    checksum: str = ""  # of the data: figures of other data are not to be tested against each other
     expected: bool = False  # a share that nobody measured, as that of a guess
 
     @property
@@ -61,7 +65,7 @@ class Results:
         interval = None
         if figure.is_share:
             interval = wilson(int(sum(above)), len(items))
-        elif len(items) > 1:
+        elif len(items) > 1 and math.isfinite(figure.value):
             interval = bootstrap(above, below)
         self._put(name, Figure(figure.value, interval, items))
 
@@ -73,27 +77,31 @@ class Results:
         """A share that is not measured but known, as that of a guess."""
         self._put(name, Figure(share, expected=True))
 
-    def include(self, part: "Results", data: str = "") -> None:
-        """Take over the figures of a measurement on `data` (a file name, a task)."""
+    def include(self, part: "Results", data: str = "", checksum: str = "") -> None:
+        """Take over the figures of a measurement on `data` (a file name, a task) with that checksum."""
         for name, figure in part.figures.items():
-            self._put(name, replace(figure, data=figure.data or data))
+            self._put(name, replace(figure, data=figure.data or data, checksum=figure.checksum or checksum))
 
     def _put(self, name: str, figure: Figure) -> None:
         if name in self.figures:
             raise UserError(f"two measurements are called {name!r}: rename the file or task of one of them")
+        if name in RESERVED:
+            raise UserError(f"{name!r} is a key of metrics.json and names no figure: rename the file or kind")
         self.figures[name] = figure
 
     def metrics(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The content of metrics.json (see the package's docstring)."""
         content: dict[str, Any] = {}
         for name, figure in self.figures.items():
-            content[name] = figure.value
+            content[name] = figure.value if math.isfinite(figure.value) else None
             if figure.items:
                 content[f"{name}_n"] = len(figure.items)
         named = self.figures.items()
-        content["intervals"] = {name: list(figure.interval) for name, figure in named if figure.interval}
+        intervals = {name: figure.interval for name, figure in named if figure.interval}
+        content["intervals"] = {name: list(i) for name, i in intervals.items() if all(map(math.isfinite, i))}
         content["shares"] = [name for name, figure in named if figure.is_share]
         content["data"] = {name: figure.data for name, figure in named if figure.data}
+        content["checksums"] = {name: figure.checksum for name, figure in named if figure.checksum}
         content["settings"] = dict(settings or {})
         return content
 
@@ -102,7 +110,8 @@ class Results:
         by_item: dict[str, dict[str, Value]] = {}
         for name, figure in self.figures.items():
             for identifier, value in figure.items.items():
-                by_item.setdefault(identifier, {})[name] = value
+                if all(map(math.isfinite, fraction(value))):  # JSON has no other numbers
+                    by_item.setdefault(identifier, {})[name] = value
         write_rows(directory / ITEMS, [{"id": i, "values": values} for i, values in by_item.items()])
         metrics = self.metrics(settings)
         with atomic_writer(directory / TABLE) as file:
@@ -121,13 +130,15 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def figure_names(metrics: Mapping[str, Any]) -> list[str]:
-    """Names of the figures in the content of a metrics.json, counts left out."""
-    numbers = [name for name, value in metrics.items() if isinstance(value, (int, float))]
+    """Names of the figures in the content of a metrics.json, counts left out; null is one that was not finite."""
+    numbers = [name for name, value in metrics.items() if value is None or isinstance(value, (int, float))]
     return [name for name in numbers if not (name.endswith("_n") and name.removesuffix("_n") in metrics)]
 
 
-def shown(value: float, is_share: bool) -> str:
+def shown(value: float | None, is_share: bool) -> str:
     """A figure for people: shares in percent."""
+    if value is None:
+        return "not finite"
     if is_share:
         return f"{100 * value:.1f} %"
     return str(value) if isinstance(value, int) else f"{value:.4f}"
@@ -206,7 +217,7 @@ def card_beside(directory: Path) -> Path | None:
 
 def update_card(path: Path, metrics: Mapping[str, Any]) -> None:
     """Put the evaluation into the model card at `path`: its section, new or replaced, and the `model-index` of its
-    metadata. Everything else of the card stays."""
+    metadata. Everything else of the card stays, but for the limit that there is none."""
     import yaml  # here, because tables alone need no YAML
 
     text = path.read_text(encoding="utf-8")
@@ -226,6 +237,7 @@ def update_card(path: Path, metrics: Mapping[str, Any]) -> None:
         body = before + evaluation_section(metrics) + rest.split(_END, 1)[1]
     else:
         body = f"{body.rstrip()}\n\n{evaluation_section(metrics)}\n"
+    body = body.replace(f"- {NOT_EVALUATED}\n", "")
     header = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     with atomic_writer(path) as file:
         file.write(f"---\n{header}---\n{body}")
@@ -258,6 +270,9 @@ def check_limits(metrics: Mapping[str, Any], lowest: Mapping[str, float], highes
         share = name in metrics["shares"]
         if share and 0 < limit < 1:
             raise UserError(f"{flag} {name}={limit:g}: limits of shares are in percent; write {100 * limit:g}")
+        if metrics[name] is None:
+            failures.append(f"{name} is not finite, which no limit allows")
+            continue
         value = round(100 * metrics[name] if share else metrics[name], 9)
         unit = " %" if share else ""
         if value < limit if side == "below" else value > limit:

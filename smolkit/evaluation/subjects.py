@@ -12,14 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
 from smolkit.batch import generate_batch
 from smolkit.chat import chat_stop_ids, encode_text, render
 from smolkit.checkpoints import build_model, load_config, merge_adapter, require_checkpoint
 from smolkit.errors import UserError
+from smolkit.quantize import is_quantized, load_quantized
 
+BATCH_SIZE = 128  # sequences decoded together
 LOGITS_PER_BATCH = 2**25  # 128 MiB of float32 logits at a time, whatever the vocabulary
 Generate = Callable[[Sequence[Sequence[int]]], list[list[int]]]
 # Token ids and, for each, whether its log-probability counts. The first one has nothing before it and cannot.
@@ -93,10 +95,12 @@ def leading_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 class LocalModel:
     """A model in this process, ours or transformers'."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int = 128) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int = BATCH_SIZE
+    ) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.context: int | None = model.config.max_position_embeddings
-        self.ends = chat_end_ids(tokenizer)
+        self.stop_ids = stop_ids_of(model, tokenizer)
 
     def encoded(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt."""
@@ -130,12 +134,13 @@ class LocalModel:
 
     def reply(self, prompt: Prompt, output: list[int]) -> Reply:
         """New ids as a reply."""
-        text = str(self.tokenizer.decode(output, skip_special_tokens=True))
-        ended = bool(output) and output[-1] in self.ends
-        if prompt.text is not None:  # a text also ends where a document does
+        # Whatever the servers stop at, the end of a document included: their replies end there, and without it.
+        ended = bool(output) and output[-1] in self.stop_ids
+        text = str(self.tokenizer.decode(output[:-1] if ended else output, skip_special_tokens=True))
+        stopped = False
+        if prompt.text is not None:
             text, stopped = before_first(text, prompt.stop)
-            ended = stopped or (bool(output) and output[-1] in chat_stop_ids(self.tokenizer))
-        return Reply(text.strip(), ended, list(output))
+        return Reply(text.strip(), ended or stopped, list(output))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int
@@ -162,13 +167,24 @@ def load_model(
 ) -> PreTrainedModel:
     """A checkpoint as `SmolForCausalLM` ("smol") or as transformers' own class ("transformers").
 
-    An adapter is merged in memory: the same numbers as leaving it beside the weights, and faster to decode.
+    An adapter is merged in memory: the same numbers as leaving it beside the weights, and faster to decode. Of an int8
+    or int4 directory "smol" is what serve_hf.py computes with.
     Raises UserError when a directory is not what it should be or the tokenizer does not fit the model."""
     model: PreTrainedModel
+    if is_quantized(require_checkpoint(path)) and adapter is not None:
+        raise UserError(f"--adapter {adapter}: cannot be merged into the quantised weights of {path}; give its source")
     if implementation == "smol":
-        model = build_model(load_config(path, tokenizer, tokenizer.name_or_path), path, dtype)
+        config = load_config(path, tokenizer, tokenizer.name_or_path)
+        if is_quantized(path):
+            model = load_quantized(path, dtype, None if torch.device(device).type == "cpu" else False)
+            if (path / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        else:
+            model = build_model(config, path, dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(require_checkpoint(path), dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            require_checkpoint(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         assert type(model).__module__.startswith("transformers."), type(model)
         if len(tokenizer) > model.get_input_embeddings().get_parameter("weight").shape[0]:
             raise UserError(f"{path}: the tokenizer has {len(tokenizer)} entries, more than the model has rows")
@@ -177,10 +193,11 @@ def load_model(
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers hides its signature
 
 
-def chat_end_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """The ids that end a turn: the stop ids without the pad token, which separates documents."""
-    stops = chat_stop_ids(tokenizer)
-    return {i for i in stops if i != tokenizer.pad_token_id} or set(stops)
+def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that end a reply, those of the servers: the tokenizer's and those of generation_config.json."""
+    eos = model.generation_config.eos_token_id
+    more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return list(dict.fromkeys([*chat_stop_ids(tokenizer), *more]))
 
 
 # --- decoding -----------------------------------------------------------------------------------------------
@@ -200,7 +217,7 @@ def engine_generate(
     seed: int = 0,
 ) -> Generate:
     """Decoding by our engine."""
-    limit, stops = len(tokenizer), chat_stop_ids(tokenizer)
+    limit, stops = len(tokenizer), stop_ids_of(model, tokenizer)
 
     @torch.inference_mode()
     def generate(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -239,7 +256,7 @@ def transformers_generate(
 ) -> Generate:
     """Decoding by transformers' own `generate`, left-padded: an independent opinion on our engine."""
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
-    stops, pad = chat_stop_ids(tokenizer), tokenizer.pad_token_id
+    stops, pad = stop_ids_of(model, tokenizer), tokenizer.pad_token_id
     rows = model.get_output_embeddings().weight.shape[0]
     suppress = list(range(len(tokenizer), rows)) or None  # padding rows of the embedding are no tokens
 

@@ -197,11 +197,6 @@ def identity_hash(record: dict) -> int:
     return int.from_bytes(hashlib.blake2b(identity(record).encode(), digest_size=8).digest(), "big")
 
 
-def is_validation(record: dict, fraction: float) -> bool:
-    """Whether `record` belongs to the validation split; depends on nothing but the record."""
-    return in_share(identity_hash(record), fraction)
-
-
 def in_share(digest: int, fraction: float) -> bool:
     """Whether a 64-bit hash falls into the first `fraction` of all hashes."""
     return digest < fraction * 2**64

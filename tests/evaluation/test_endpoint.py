@@ -1,19 +1,22 @@
 """The same questions to a server and to the checkpoint: our own server, and a plain one over transformers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 from openai.types.chat import ChatCompletionMessage
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval_model
+from smolkit.checkpoints import load_tokenizer
 from smolkit.errors import UserError
 from smolkit.evaluation import exam, likelihoods
 from smolkit.evaluation.endpoint import ServedModel, reply_text
-from smolkit.evaluation.subjects import LocalModel, Prompt
-from smolkit.serving import serving
+from smolkit.evaluation.subjects import LocalModel, Prompt, load_model
+from smolkit.openai_api import create_app
+from smolkit.serving import load_engine, serving, stop_ids_of
 
 USER = {"role": "user", "content": "Who is Ada?"}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
@@ -35,6 +38,27 @@ def test_a_server_replies_what_the_checkpoint_replies(
         replies = ServedModel(ours, "secret", tokenizer=known).replies(PROMPTS, 24)
         assert [(r.text, r.ended) for r in replies] == [(e.text, e.ended) for e in expected]
     assert all(reply.output_ids is None for reply in replies)
+
+
+def test_replies_end_at_the_ids_of_generation_config_on_both_sides(
+    checkpoint: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As of a public checkpoint that ends its turns with a token that its tokenizer does not call eos."""
+    long = LocalModel(model, tokenizer).replies(PROMPTS[:1], 24)[0].output_ids
+    end = next(token for token in long[3:] if long.index(token) > 2)
+    shutil.copytree(checkpoint, tmp_path / "toy")
+    GenerationConfig(eos_token_id=[end]).save_pretrained(tmp_path / "toy")
+    own = load_tokenizer(tmp_path / "toy")
+    engine = load_engine(tmp_path / "toy", own, model_name="toy", dtype="fp32")
+    try:
+        with serving(create_app(engine, own, "toy", stop_ids=stop_ids_of(tmp_path / "toy", own))) as url:
+            expected = [(reply.text, reply.ended) for reply in ServedModel(url).replies(PROMPTS, 24)]
+    finally:
+        engine.close()
+    for implementation in ("smol", "transformers"):
+        found = LocalModel(load_model(tmp_path / "toy", own, implementation), own).replies(PROMPTS, 24)
+        assert [(reply.text, reply.ended) for reply in found] == expected
+        assert found[0].output_ids == long[: long.index(end) + 1] and found[0].ended
 
 
 def test_samples_follow_the_seed(ours: str) -> None:
@@ -90,7 +114,7 @@ def test_the_script_gives_the_same_figures_for_server_checkpoint_and_transformer
         metrics = json.loads((out / "metrics.json").read_text())
         assert metrics.pop("settings").get("api_key") is None, "a key is no setting to write down"
         assert metrics.pop("same_greedy_answers", 1.0) == 1.0
-        for name in ("intervals", "data"):
+        for name in ("intervals", "data", "checksums"):
             metrics[name].pop("same_greedy_answers", None)
         found.append({n: v for n, v in metrics.items() if n not in ("seconds", "shares", "same_greedy_answers_n")})
     assert found[0] == found[1] == found[2]

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval_model
 from smolkit.errors import UserError
@@ -53,7 +54,7 @@ def test_the_script_on_a_toy_checkpoint(
     expected |= {"choices_acc", "choices_acc_norm", "tasks", "tasks_ends_by_itself", "tasks_distinct_2", "seconds"}
     assert expected <= set(metrics)
     assert len(metrics["intervals"]["qa_en"]) == 2 and metrics["settings"]["max_new_tokens"] == 12
-    assert metrics["data"]["tasks"] == str(tasks) and set(metrics["settings"]["versions"]) == {"torch", "transformers"}
+    assert metrics["data"]["tasks"] == tasks.name and set(metrics["settings"]["versions"]) == {"torch", "transformers"}
     assert (out / "metrics.md").read_text() in printed
     assert "same_greedy_answers" in printed
     assert "warning:" in printed and "<|im_end|>" in printed  # the doctor's glance at what is read
@@ -86,6 +87,105 @@ def test_an_evaluation_inside_a_checkpoint_goes_into_its_card_and_fails_below_it
     assert (model / "README.md").read_text().count("## Evaluation") == 1
 
 
+def rows_file(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_nothing_of_this_machine_is_written_down(checkpoint: Path, tmp_path: Path) -> None:
+    """metrics.json and the card go to the hub."""
+    shutil.copytree(checkpoint, tmp_path / "toy")
+    (tmp_path / "toy" / "README.md").write_text("# Toy\n")
+    tasks = rows_file(tmp_path / "tasks.jsonl", {"prompt": "The job of", "answer": "x"})
+    exam = rows_file(tmp_path / "exam.jsonl", item(1, "qa", "en", "x"))
+    command = ["--model_path", tmp_path / "toy", "--exam", exam, "--generation", tasks, "--max_new_tokens", 4]
+    eval_model.main([*map(str, command), "--device", "cpu"])
+    metrics, card = (tmp_path / "toy" / name for name in ("eval/metrics.json", "README.md"))
+    settings = json.loads(metrics.read_text())["settings"]
+    assert (settings["model_path"], settings["exam"], settings["generation"]) == ("toy", "exam.jsonl", ["tasks.jsonl"])
+    assert str(tmp_path) not in metrics.read_text() + card.read_text() and "exam.jsonl" in card.read_text()
+
+
+def test_the_figures_of_an_adapter_stay_with_the_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("# Toy\n")
+    shutil.copytree(checkpoint, tmp_path / "base", dirs_exist_ok=True)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(checkpoint), lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("# Toy\n")  # in the place of PEFT's
+    exam = rows_file(tmp_path / "exam.jsonl", item(1, "qa", "en", "x"))
+    command = ["--model_path", tmp_path / "base", "--adapter", tmp_path / "adapter", "--exam", exam]
+    eval_model.main([*map(str, command), "--max_new_tokens", "4", "--device", "cpu"])
+    assert (tmp_path / "adapter" / "eval" / "metrics.json").is_file() and not (tmp_path / "base" / "eval").exists()
+    assert (tmp_path / "base" / "README.md").read_text() == "# Toy\n"
+    assert "## Evaluation" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+LONG = "word " * 400
+
+
+@pytest.mark.parametrize(
+    ("flag", "row", "message"),
+    [
+        ("--exam", item(7, "qa", "en", "x", tools=[TOOL | {"function": {"name": LONG}}]), "item qa-en-7: a prompt"),
+        ("--generation", {"prompt": LONG}, "row 2: a prompt of"),
+        ("--preferences", {"prompt": "Who?", "chosen": LONG, "rejected": "a"}, "row 2: .* than the context of 256"),
+        ("--multiple_choice", {"question": "Who?", "choices": ["a", LONG], "answer": 0}, "row 2: .* than the context"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_asked(
+    checkpoint: Path, tmp_path: Path, flag: str, row: dict, message: str
+) -> None:
+    short = {
+        "--exam": item(1, "qa", "en", "x"),
+        "--generation": {"prompt": "The job"},
+        "--preferences": {"prompt": "Who?", "chosen": "b", "rejected": "a"},
+        "--multiple_choice": {"question": "Who?", "choices": ["a", "b"], "answer": 0},
+    }
+    files = {name: rows_file(tmp_path / f"{name[2:]}.jsonl", good) for name, good in short.items()}
+    rows_file(files[flag], short[flag], row)
+    command = [str(word) for pair in files.items() for word in pair]
+    with pytest.raises(UserError, match=f"{flag[2:]}.jsonl: {message}"):
+        eval_model.main([*command, "--model_path", str(checkpoint), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_beyond_the_context_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The job of Ada is baker.")
+    command = ["--model_path", checkpoint, "--text", tmp_path / "text.txt", "--context", 512, "--output_dir", tmp_path]
+    with pytest.raises(UserError, match="--context 512: more than the 256 tokens"):
+        eval_model.main([*map(str, command)])
+
+
+def test_figures_that_are_no_numbers_fail_every_limit(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "toy")
+    broken = LlamaForCausalLM.from_pretrained(checkpoint)
+    torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
+    broken.save_pretrained(tmp_path / "toy")
+    texts = rows_file(tmp_path / "text.jsonl", *({"text": f"The job of Ada is baker {i}."} for i in range(3)))
+    choices = rows_file(tmp_path / "mc.jsonl", {"question": "Who?", "choices": ["a", "b"], "answer": 0})
+    command = ["--model_path", tmp_path / "toy", "--text", texts, "--multiple_choice", choices, "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        eval_model.main([*map(str, command), "--fail_above", "perplexity=20", "--fail_below", "bits_per_byte=0"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.count("not finite, which no limit allows") == 2
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    metrics = json.loads((tmp_path / "toy" / "eval" / "metrics.json").read_text(), parse_constant=refuse)
+    assert metrics["perplexity"] is None and metrics["mc_acc"] == 0.0, "no choice is the best of what is no number"
+    lines = (tmp_path / "toy" / "eval" / "items.jsonl").read_text().splitlines()
+    assert all("bits_per_byte" not in json.loads(line, parse_constant=refuse)["values"] for line in lines)
+    assert "not finite" in (tmp_path / "toy" / "eval" / "metrics.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +196,10 @@ def test_an_evaluation_inside_a_checkpoint_goes_into_its_card_and_fails_below_it
         (["--model_path", "nowhere", "--exam", "x", "--batch_size", "0"], "--batch_size 0"),
         (["--exam", "x"], "either --model_path DIR or --endpoint URL"),
         (["--compare", "a"], "two or more"),
+        (["--compare", "a", "b", "--fail_below", "qa=90"], "nothing else, not --fail_below"),
+        (["--compare", "a", "b", "--exam", "x"], "nothing else, not --exam"),
+        (["--model_path", "nowhere", "--generation", "data.jsonl"], "called 'data', but metrics.json has that name"),
+        (["--model_path", "nowhere", "--generation", "a/x.jsonl", "b/x.jsonl"], "'x', but another file has that name"),
         (["--model_path", "nowhere", "--text", "x", "--context", "1"], "--context 1"),
         (["--model_path", "nowhere", "--text", "x", "--fail_below", "qa"], "write NAME=LIMIT"),
         (["--model_path", "nowhere", "--multiple_choice", "none.jsonl"], "none.jsonl.*the README has the format"),

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smolkit.errors import UserError
 from smolkit.evaluation import exam
+from smolkit.evaluation.results import write_rows
 from smolkit.evaluation.subjects import LocalModel
 
 TOOL = {
@@ -135,13 +136,13 @@ def same(answers: list[exam.Answer], others: list) -> float:
     return exam.same_answers(answers, others).figures["same_greedy_answers"].value
 
 
-def test_the_document_separator_does_not_count_as_ending(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize(("last", "ended"), [("<|im_end|>", True), ("<|endoftext|>", True), ("a", False)])
+def test_a_reply_ends_where_a_server_says_so(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, last: str, ended: bool
 ) -> None:
-    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    subject = Scripted(model, tokenizer, lambda prompts: [[65, separator]])
+    subject = Scripted(model, tokenizer, lambda prompts: [[65, tokenizer.convert_tokens_to_ids(last)]])
     answers = exam.take_exam([item(1, "qa", "en", "x")], subject, max_new_tokens=9)
-    assert not answers[0].ended
+    assert answers[0].ended is ended
 
 
 def test_refusals_count_where_they_are_due_and_where_not(
@@ -161,6 +162,7 @@ def test_refusals_count_where_they_are_due_and_where_not(
         ("{broken", r"exam.jsonl:2: not valid JSON"),
         ('{"id": "a", "kind": "qa", "language": "en", "answer": "x"}', r"exam.jsonl:2: .*no messages"),
         (json.dumps(item(1, "qa", "en", 7)), r"exam.jsonl:2: .*answer must be"),
+        (json.dumps(item(1, "shares", "en", "x")), r"exam.jsonl:2: .*kind 'shares' is a key of metrics.json"),
     ],
 )
 def test_a_bad_exam_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -168,6 +170,17 @@ def test_a_bad_exam_line_is_named(tmp_path: Path, line: str, message: str) -> No
     path.write_text(json.dumps(item(1, "qa", "en", "x")) + "\n" + line + "\n")
     with pytest.raises(UserError, match=message):
         exam.read_exam(path)
+
+
+def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+    """Texts with U+2028 and the like are written as they are; str.splitlines would cut their rows."""
+    text = "one\u2028two\u2029three\x85four"
+    exam_file, answers = tmp_path / "exam.jsonl", tmp_path / "answers.jsonl"
+    exam_file.write_text(json.dumps(item(1, "qa", "en", text), ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    (read,) = exam.read_exam(exam_file)
+    assert read["answer"] == text
+    write_rows(answers, [{"id": "a", "output_ids": [1], "text": text}])
+    assert exam.read_answers(answers) == [("a", [1], text)]
 
 
 def test_exam_kinds_and_limit(tmp_path: Path) -> None:

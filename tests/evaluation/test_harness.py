@@ -1,6 +1,7 @@
 """lm-evaluation-harness on local task files, nothing downloaded: its figures for a checkpoint and for servers."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval_model
 from smolkit.errors import UserError
-from smolkit.evaluation.harness import require_harness, results_of
+from smolkit.evaluation.harness import default_batch_size, require_harness, results_of
 from smolkit.evaluation.likelihoods import choice_results
 from smolkit.evaluation.subjects import LocalModel
 
@@ -145,3 +146,14 @@ def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # what Python does with a package that is not there
     with pytest.raises(UserError, match="--lm_eval needs lm-evaluation-harness: pip install -r requirements-eval.txt"):
         require_harness()
+
+
+def test_the_logits_of_a_batch_are_bounded(checkpoint: Path, tmp_path: Path) -> None:
+    """128 rows where the vocabulary is small; of Qwen's 151,936 entries one row of 1,024 tokens takes 0.6 GiB."""
+    assert default_batch_size(checkpoint) == 128
+    shutil.copytree(checkpoint, tmp_path / "toy")
+    config = json.loads((checkpoint / "config.json").read_text())
+    for vocabulary, context, rows in ((151_936, 32_768, 1), (49_152, 8192, 5), (49_152, 128, 42)):
+        changed = config | {"vocab_size": vocabulary, "max_position_embeddings": context}
+        (tmp_path / "toy" / "config.json").write_text(json.dumps(changed))
+        assert default_batch_size(tmp_path / "toy") == rows

@@ -1,16 +1,20 @@
 """Log-probabilities against naive loops; text, pairs and multiple choice on top of them."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smolkit.chat import encode_text, render
+from smolkit.chat import encode_text, render, save_tokenizer
+from smolkit.checkpoints import load_tokenizer
 from smolkit.errors import UserError
 from smolkit.evaluation import likelihoods, subjects
+from smolkit.quantize import quantize
 
 
 def naive_sum(model: LlamaForCausalLM, ids: list[int], mask: list[int]) -> float:
@@ -80,6 +84,25 @@ def test_a_uniform_model_needs_log_v_bits_per_token(
     assert metrics["perplexity"] == pytest.approx(len(tokenizer), rel=1e-5)
 
 
+def test_a_text_starts_after_what_came_before_it_in_training(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """After the end of a document, even where the tokenizer calls the beginning of a turn BOS, as SmolLM2's does; after
+    BOS where the tokenizer puts it before every text, as Llama's does."""
+    ids = encode_text(tokenizer, "The job of Ada")
+    smollm, llama_like = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    smollm.bos_token = llama_like.bos_token = "<|im_start|>"
+    start = llama_like.bos_token_id
+    llama_like.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    for used, before in ((tokenizer, end), (smollm, end), (llama_like, start)):
+        figures = likelihoods.text_results(subjects.LocalModel(model, used), ["The job of Ada"]).figures
+        expected = naive_sum(model, [before, *ids], [0] + [1] * len(ids))
+        assert figures["perplexity"].value == pytest.approx(math.exp(-expected / len(ids)), rel=1e-4)
+
+
 @pytest.mark.parametrize("count", [2, 7, 8, 9, 12, 13, 40])
 def test_windows_ask_for_every_token_once_with_half_a_window_before_it(count: int) -> None:
     rows = likelihoods.windows(list(range(count)), context=8)
@@ -111,6 +134,32 @@ def test_a_merged_adapter_gives_the_numbers_of_the_adapter_beside_the_weights(
         expected = naive_sum(beside, *rows[0])
         assert subjects.sum_log_probs(merged, rows, 0)[0] == pytest.approx(expected, abs=1e-3)
         assert subjects.sum_log_probs(plain, rows, 0)[0] != pytest.approx(expected, abs=1e-1)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantised_directories_are_evaluated(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, method: str
+) -> None:
+    """Both implementations read the same rounded weights, and give about the figures of the original."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    config = LlamaConfig(**shape, num_attention_heads=2, max_position_embeddings=128, initializer_range=0.1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "exact")
+    save_tokenizer(tokenizer, tmp_path / "exact")
+    quantize(tmp_path / "exact", tmp_path / method, method)
+    own = load_tokenizer(tmp_path / method)
+    rows = [(list(range(5, 40)), [0] + [1] * 34)]
+    found = {
+        name: subjects.LocalModel(subjects.load_model(tmp_path / method, own, name), own)
+        for name in ("smol", "transformers")
+    }
+    sums = {name: subject.log_probs(rows)[0] for name, subject in found.items()}
+    exact = subjects.sum_log_probs(LlamaForCausalLM.from_pretrained(tmp_path / "exact").eval(), rows, 0)[0]
+    assert sums["smol"] == pytest.approx(sums["transformers"], rel=5e-3) and sums["smol"] != exact
+    assert sums["smol"] == pytest.approx(exact, rel=0.05)
+    assert all(subject.replies([subjects.Prompt(text="The job")], 4)[0].output_ids for subject in found.values())
+    with pytest.raises(UserError, match="cannot be merged into the quantised weights"):
+        subjects.load_model(tmp_path / method, own, adapter=tmp_path)
 
 
 def test_bad_directories_are_named(checkpoint: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -141,6 +141,11 @@ def test_a_card_gets_its_evaluation_once_and_keeps_the_rest(tmp_path: Path) -> N
     assert values == {"qa": 0.25, "length": pytest.approx(14.5), "bits": pytest.approx(190 / 480)}
 
 
+def test_a_name_that_metrics_json_needs_is_no_figure() -> None:
+    with pytest.raises(UserError, match="'data' is a key of metrics.json"):
+        Results().number("data", 1.0)
+
+
 def test_the_hub_reads_the_metadata_of_a_card(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
@@ -200,6 +205,27 @@ def test_runs_are_compared_on_the_items_of_both(tmp_path: Path, capsys: pytest.C
     assert cells == ["qa", "25.0 %", "75.0 % (+50.0, p 0.002)*", "20.0 % (+5.0, p 1.000)"]
     eval_model.main(["--compare", *map(str, paths)])
     assert "75.0 % (+50.0, p 0.002)*" in capsys.readouterr().out
+
+
+def test_only_figures_of_the_same_data_are_tested(tmp_path: Path) -> None:
+    """Texts have the ids text-0, text-1, …, whatever is in them."""
+    for name, right, checksum in (("a", 5, "one"), ("b", 15, "one"), ("c", 15, "two")):
+        whole = Results()
+        whole.include(results_of(right), "text.jsonl", checksum)
+        whole.write(tmp_path / name)
+    runs = [read_run(tmp_path / name) for name in "abc"]
+    found = compare(runs)
+    assert found["qa"][runs[1].name]["p"] < 0.05 and found["qa"][runs[2].name] == {"value": 0.75}
+    *_, last = comparison_table(runs).splitlines()
+    assert last == f"not tested: {runs[0].name} and {runs[2].name} measured qa, length, bits on different data"
+    assert "not tested" not in comparison_table(runs[:2])
+
+
+def test_ids_with_unusual_line_ends_are_read(tmp_path: Path) -> None:
+    results = Results()
+    results.add("qa", [("a\u2028b", True), ("c\x85", False)])
+    results.write(tmp_path)
+    assert list(read_run(tmp_path).items["qa"]) == ["a\u2028b", "c\x85"]
 
 
 def test_too_few_numbers_are_not_tested() -> None:
