@@ -55,8 +55,9 @@ def engine_arguments(name: str) -> dict[str, Any]:
     narrow = {"bf16": name not in FP32}
     if name.startswith("zero"):
         zero = {"stage": int(name[5]), "reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
-        if zero["stage"] == 3:
-            zero |= {"stage3_prefetch_bucket_size": ZERO_BUCKET // 10, "stage3_param_persistence_threshold": 10**5}
+        if zero["stage"] == 3:  # as in accelerate_offload/
+            names = "reduce_bucket_size stage3_prefetch_bucket_size stage3_param_persistence_threshold"
+            zero |= dict.fromkeys(names.split(), "auto")
         sizes = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
         engine = {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **sizes}
         optimizer = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}

@@ -151,7 +151,9 @@ def measure(
 
     empty = memory.now()
     training = chosen.build(config, where, dtype)
-    ids = torch.randint(config.vocab_size, (warmup + steps, batch, length), device=where)
+    # The same tokens for every side, however many random numbers its weights took.
+    random = torch.Generator(where).manual_seed(SEED)
+    ids = torch.randint(config.vocab_size, (warmup + steps, batch, length), device=where, generator=random)
     memory.reset_peak()
     start = memory.now()
     kept, losses = KeptMemory(), []

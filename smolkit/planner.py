@@ -206,13 +206,13 @@ def _zero(stage: int, width: int, offload: str = "") -> Callable[[Work], Memory]
         held, all_trained, split, trained = _held(work)
         weights = _weight_bytes(work, width) if stage < 3 else split * width * (2 if work.reference else 1)
         gradients = all_trained * width if stage < 2 else trained * width
-        optimizer, fp32_gradients = trained * 12, trained * 4
+        # In fp32 stage 3 updates the weights themselves; stages 1 and 2 make masters all the same.
+        optimizer, fp32_gradients = trained * (8 if stage == 3 and width == 4 else 12), trained * 4
         size = work.config.hidden_size**2 if stage == 3 else ZERO_BUCKET
         # A GPU's buckets exist whole and twice (overlap_comm); a CPU's memory is touched as far as gradients fill it.
         bucket, whole = min(all_trained, size) * width, 2 * size * width
-        if stage == 3:  # and the layers that are gathered for a moment
-            tables = work.config.vocab_size * work.config.hidden_size
-            buffers = (2 * layer_parameters(work) + tables) * width + (whole if work.device == "cuda" else bucket)
+        if stage == 3:  # and what is gathered: everything, up to the limit from which on layers are given back
+            buffers = min(held, ZERO_LIVE) * width + (whole if work.device == "cuda" else bucket)
             state_bytes, update = optimizer + fp32_gradients, 0
         else:
             # stage_1_and_2.py: gradients lie in the bucket, which allreduce_bucket flattens into another one; then
@@ -231,6 +231,7 @@ def _zero(stage: int, width: int, offload: str = "") -> Callable[[Work], Memory]
 
 # elements of a bucket in accelerate_offload/; "auto" of the ZeRO-3 files is hidden_size squared
 ZERO_BUCKET = 5 * 10**8
+ZERO_LIVE = 10**9  # stage3_max_live_parameters, stage3_max_reuse_distance
 
 
 def _engines(width: int) -> list[Strategy]:
@@ -325,7 +326,8 @@ def memory(work: Work, strategy: Strategy) -> Memory:
         activations=activation_bytes(work, strategy.width, strategy.autocast),
         logits=logit_bytes(work, strategy.width),
         buffers=state.buffers + context,
-        accumulates=work.accumulation > 1 and strategy.engine not in ("zero2", "zero3"),
+        # ZeRO-3 keeps one flat buffer for its part of the gradients; ZeRO-2 adds its part up while layers are left.
+        accumulates=(work.accumulation > 1 and strategy.engine != "zero2") or strategy.engine == "zero3",
     )
 
 

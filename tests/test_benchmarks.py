@@ -156,6 +156,17 @@ def test_the_training_report_adds_up(dtype, toy, capsys, tmp_path) -> None:
     assert gone["measured"] is gone["met"] is None
 
 
+def test_every_side_is_trained_on_the_same_tokens(monkeypatch) -> None:
+    seen = []
+    gradients = train_step.Training.gradients
+    monkeypatch.setattr(train_step.Training, "gradients", lambda self, ids: (seen.append(ids), gradients(self, ids))[1])
+    for side in ("ours", "minimind", "transformers"):
+        train_step.measure(side, DENSE, 2, 16, steps=1, warmup=1, dtype="fp32")
+    torch.set_flush_denormal(False)
+    first, second, third = (torch.stack(seen[n : n + 2]) for n in (1, 4, 7))  # after a step of a very small model
+    assert torch.equal(first, second) and torch.equal(second, third)
+
+
 def test_targets_are_judged() -> None:
     speed, memory = Target("ours", "speed", 1.6, "litgpt"), Target("ours", "memory", 0.4, "litgpt")
     assert [speed.judge(value)["met"] for value in (1.59, 1.6)] == [False, True]

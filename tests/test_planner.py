@@ -47,6 +47,7 @@ P = 64_000 + 2 * 36_992 + 64
         ("fsdp2", 2, 4 * P // 2, 4 * P // 2, 8 * P // 2),
         ("zero-2-offload", 2, 2 * P, 0, 0),
         ("zero-3-offload", 2, 0, 0, 0),
+        ("zero-3-fp32", 2, 4 * P // 2, 4 * P // 2, 8 * P // 2 + 4 * P // 2),  # no masters beside fp32 weights
         ("zero-2-fp32", 2, 4 * P, 4 * P // 2, 12 * P // 2),
         ("fsdp2-fp32", 2, 4 * P // 2, 4 * P // 2, 8 * P // 2),
     ],
