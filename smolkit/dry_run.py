@@ -17,7 +17,13 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from smol_model import PRESETS, SmolConfig, count_parameters
 from smolkit import planner
-from smolkit.arguments import AdapterArguments, NewModelArguments, PretrainArguments, StageArguments
+from smolkit.arguments import (
+    AdapterArguments,
+    NewModelArguments,
+    PretrainArguments,
+    StageArguments,
+    refuse_spread_adapters,
+)
 from smolkit.checkpoints import changed_preset, load_tokenizer, row_length
 from smolkit.command_line import RunArguments
 from smolkit.doctor import (
@@ -84,6 +90,8 @@ def make_plan(
         return plan
     work = make_work(kind, stage, args, config)
     check_expert_parallel(stage.expert_parallel_size, config, args, work.devices)
+    if work.trained is not None:
+        refuse_spread_adapters(stage.expert_parallel_size)
     total, active = count_parameters(config)
     plan["model"] = {
         "architecture": config.native_type(),
@@ -336,8 +344,9 @@ def asked_strategy(args: RunArguments, stage: StageArguments) -> str:
     wide = "-fp32" * (args.mixed_precision == "no")  # engines keep fp32 weights and compute in what --bf16 says
     if args.deepspeed_plugin is not None:
         engine = args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-        offload = engine.get("offload_optimizer", {}).get("device", "none") != "none"
-        return f"zero-{engine.get('stage', 0)}" + "-offload" * offload + wide
+        where = engine.get("offload_optimizer", {}).get("device", "none")
+        offload = {"none": "", "nvme": "-nvme"}.get(where, "-offload")
+        return f"zero-{engine.get('stage', 0)}{offload}{wide}"
     if sharding_engine(args):  # FSDP, by a flag or by accelerate's launcher
         return "fsdp2" + wide
     if args.mixed_precision != "no":

@@ -182,21 +182,39 @@ class ExpertParallelMixin(TrainerMixin):
         parallel.load_weights(self.model, self._saved_weights(resume_from_checkpoint))
         return None
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_by_name(self, checkpoint: str) -> None:
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        parallel.load_optimizer_state(self._bare_optimizer(), self.model, saved)
+
+    def load_states(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._by_name(checkpoint):
-            saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-            parallel.load_optimizer_state(self._bare_optimizer(), self.model, saved)
+            self._load_optimizer_by_name(checkpoint)
             schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
             count = len(self._bare_optimizer().param_groups)  # may differ; they all have the same learning rate
             schedule = {key: value[:1] * count if isinstance(value, list) else value for key, value in schedule.items()}
             self.lr_scheduler.load_state_dict(schedule)
-            self._continued_from = Path(checkpoint)  # whose open log window the persistence restores
-            return None
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.experts is not None and checkpoint is not None and not is_partitioned(self.model):
-            # DeepSpeed wrote the experts of the first process only; stage 3 keeps all weights by process.
+            return
+        super().load_states(checkpoint)
+        if checkpoint is not None:
+            self._load_experts_of_others(checkpoint)
+
+    def _load_experts_of_others(self, checkpoint: str) -> None:
+        """DeepSpeed wrote the experts of the first process only; stage 3 keeps all weights by process."""
+        if self.experts is not None and not is_partitioned(self.model):
             parallel.load_weights(self.model, self._saved_weights(checkpoint), only_experts=True)
-        return None
+
+    def _load_best_model(self) -> None:
+        self.finish_saving()
+        best = self.state.best_model_checkpoint
+        assert best is not None, "the library asks only where there is one"
+        if not self._by_name(best):
+            super()._load_best_model()
+            if self.is_deepspeed_enabled:
+                self._load_experts_of_others(best)
+            return
+        self._load_from_checkpoint(best)
+        if self.master_optimizer() is not None:
+            self._load_optimizer_by_name(best)
 
     def _saved_weights(self, checkpoint: str) -> dict[str, torch.Tensor]:
         with parallel.whole_model():

@@ -31,7 +31,8 @@ from smolkit.persistence import PersistenceMixin
 from smolkit.runs import leave
 from smolkit.runtime import KeptMemory
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: SLURM's warning (--signal=USR1@300)
+# SIGUSR1: SLURM's warning (--signal=USR1@300) to a process without a launcher; Windows has none.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 ECHO = 2.0  # seconds in which a second Ctrl-C is the launcher passing on the first
 
 
@@ -99,7 +100,15 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.stopping and state.global_step < state.max_steps:
             control.should_save = True
+        # What follows now, if it writes anything: the end of an epoch, which a continued run would not repeat.
+        strategies = (args.logging_strategy, args.eval_strategy, args.save_strategy)
+        ends = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+        self.trainer.epoch_ends = ends and any(strategy.value == "epoch" for strategy in strategies)
         self.memory.check()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or self.trainer.save_is_due
+        self.trainer.epoch_ends = self.trainer.save_is_due = False
 
 
 class GuardMixin(PersistenceMixin):
@@ -110,6 +119,8 @@ class GuardMixin(PersistenceMixin):
     def begin_guards(self) -> None:
         self._asked = 0  # the signal this process has received
         self.stopping = 0  # the signal that all processes agreed to stop for
+        self.epoch_ends = False  # the step at hand is an epoch's last, and the epoch's end has something to write
+        self.save_is_due = False  # then: after that, so that a continued run has it
         self._skipped = 0  # updates left out because of --skip_nonfinite
         self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self._found: Found | None = None  # not looked at yet
@@ -165,16 +176,25 @@ class GuardMixin(PersistenceMixin):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
             self._look()  # before what was found wrong is written down
+        stops = self.stopping and self.state.global_step < self.state.max_steps  # at the last step only the end is left
+        self.control.should_save = self.control.should_save or bool(stops)  # a signal that was only noticed now
+        if self.epoch_ends:
+            self.save_is_due, self.control.should_save = self.control.should_save, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if not self.stopping or self.state.global_step >= self.state.max_steps:
-            return  # at the last step there is only the end left to do
+        if not stops or self.epoch_ends:
+            return
         self.finish_saving()
         self.callback_handler.on_train_end(self.args, self.state, self.control)
         leave(self)
         raise Interrupted(
             f"stopped by {signal.Signals(self.stopping).name} after step {self.state.global_step} of "
-            f"{self.state.max_steps} and saved in {self.args.output_dir} (exit code {STOPPED}); the same command "
-            "continues the run"
+            f"{self.state.max_steps} and saved in {self.args.output_dir} (exit code {STOPPED}); "
+            + (
+                "weights without an optimizer (--save_only_model) cannot be continued, but be the --base_model of "
+                "another run"
+                if self.args.save_only_model
+                else "the same command continues the run"
+            )
         )
 
     # losses
@@ -244,8 +264,11 @@ class GuardMixin(PersistenceMixin):
         text = self._describe(losses, norm, step)
         if self._skipped >= self.args.skip_nonfinite:
             allowed = f", {self._skipped} skipped before" if self._skipped else ""
+            # DeepSpeed's backward pass updates, and gives the norm afterwards.
+            late = self.is_deepspeed_enabled and all(map(math.isfinite, losses))
+            done = "the update with it was made, but not saved" if late else "nothing was updated with it"
             raise UserError(
-                f"{text}; nothing was updated with it{allowed}. Lower --learning_rate (now "
+                f"{text}; {done}{allowed}. Lower --learning_rate (now "
                 f"{self._get_learning_rate():.2g}), raise --warmup_steps, look at the data of this batch, or let "
                 "--skip_nonfinite N leave out up to N such updates"
             )
@@ -278,7 +301,8 @@ class GuardMixin(PersistenceMixin):
             return []
         size, processes = self._train_batch_size, self.args.world_size
         accumulation = self.args.gradient_accumulation_steps
-        batches = -(-len(self._order) // (size * processes))
+        whole, rest = divmod(len(self._order), size * processes)
+        batches = whole + bool(rest and not self.args.dataloader_drop_last)
         epoch, step = divmod(step, -(-batches // accumulation))
         order = copy(self._order)
         order.set_epoch(epoch)

@@ -75,10 +75,10 @@ def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(directory: Path, keep_last: int | None, keep_every: int, best: str | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints (None or 0: keep all), those at multiples of `keep_every` steps
-    (0: none), and `best`."""
+    """Delete all but the newest `keep_last` checkpoints (None, 0 or less: keep all), those at multiples of `keep_every`
+    steps (0: none), and `best`."""
     found = checkpoints(directory)
-    for checkpoint in found[: -keep_last if keep_last else 0]:
+    for checkpoint in found[: -keep_last if keep_last and keep_last > 0 else 0]:
         milestone = keep_every and step_of(checkpoint) % keep_every == 0
         if not milestone and (best is None or checkpoint.name != Path(best).name):
             discard(checkpoint)

@@ -109,6 +109,8 @@ class MasterAdamW(torch.optim.Optimizer):
             spread = add_up is not None and bool(group.get("moe"))
             for pieces in self._slices(group):
                 norms[spread] += self._norms([piece.gradient for piece in pieces])
+        if not norms[False] + norms[True]:  # no weight has a gradient
+            return torch.zeros((), device=next(self._weights()).device)
         device = (norms[False] + norms[True])[0].device
         if add_up is not None and norms[True]:
             elsewhere = torch.stack([norm.to(device) for norm in norms[True]]).square().sum()

@@ -69,8 +69,11 @@ class PairLossMixin(TrainerMixin):
             return super().compute_loss(model, inputs, *args, **kwargs)
         processes, micro_batches = self.args.world_size, self.current_gradient_accumulation_steps
         whole = self._train_batch_size * self.args.gradient_accumulation_steps * processes
-        done = self.state.global_step % -(-self._order.rows // whole) * whole
-        in_step = min(whole, self._order.rows - done)
+        rows = self._order.rows
+        if self.args.dataloader_drop_last and processes == 1:  # several share filled up batches: none is dropped
+            rows -= rows % self._train_batch_size
+        done = self.state.global_step % -(-rows // whole) * whole
+        in_step = min(whole, rows - done)
         uneven = processes > 1 and in_step < whole
         with self._uneven_gathers(int(pairs)) if uneven else nullcontext():
             loss = super().compute_loss(model, inputs, *args, **kwargs)

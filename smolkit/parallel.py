@@ -33,8 +33,12 @@ from smolkit.runtime import default_device
 # --- which processes work together --------------------------------------------------------------------------
 
 
-def check_expert_parallel(size: int, config: SmolConfig, args: Any) -> None:
-    """`UserError` for an `--expert_parallel_size` that this model or run (a `TrainingArguments`) cannot have."""
+def check_expert_parallel(size: int, config: SmolConfig, args: Any, processes: int | None = None) -> None:
+    """`UserError` for an `--expert_parallel_size` that this model or run (a `TrainingArguments`) cannot have.
+
+    `processes`: of a run that is only planned; None takes those of this one.
+    """
+    world = args.world_size if processes is None else processes
     flag = f"--expert_parallel_size {size}"
     if size < 1:
         raise UserError(f"{flag} must be at least 1")
@@ -45,13 +49,13 @@ def check_expert_parallel(size: int, config: SmolConfig, args: Any) -> None:
     if config.num_experts % size:
         divisors = [n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0]
         raise UserError(f"{flag} does not divide the {config.num_experts} experts; possible: {divisors}")
-    if size > args.world_size:
+    if size > world:
         raise UserError(
-            f"{flag} is more than the {args.world_size} process(es) of this run; start as many with torchrun, "
+            f"{flag} is more than the {world} process(es) of this run; start as many with torchrun, "
             "accelerate launch or deepspeed, or lower it"
         )
-    if args.world_size % size:
-        raise UserError(f"{flag} does not divide the {args.world_size} processes of this run")
+    if world % size:
+        raise UserError(f"{flag} does not divide the {world} processes of this run")
     if args.fp16 or args.mixed_precision == "fp16":
         raise UserError(f"{flag} with fp16: an overflow in one process would go unseen in the others; use --bf16")
     if args.deepspeed_plugin and args.deepspeed_plugin.hf_ds_config._stage not in (1, 2, 3):
@@ -59,7 +63,7 @@ def check_expert_parallel(size: int, config: SmolConfig, args: Any) -> None:
     version = fsdp_version(args)
     if version == 1:
         raise UserError(f"{flag} needs version 2 of FSDP (fsdp_version: 2 in the launcher's config)")
-    replicas, local = args.world_size // size, config.num_experts // size
+    replicas, local = world // size, config.num_experts // size
     widths = (2 * config.moe_intermediate_size, config.hidden_size)
     if version and local % replicas and any(width % replicas for width in widths):
         raise UserError(
@@ -370,10 +374,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
         times = 1 if sharded else copies if parameter in experts else world  # processes that hold this gradient
         gradients.append(local)
         squares.append(torch.linalg.vector_norm(gradients[-1], dtype=torch.float32).square() / times)
-    total = torch.stack(squares).sum()
-    dist.all_reduce(total)
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=default_device())
+    dist.all_reduce(total)  # by every process, with gradients or without
     total = total.sqrt()
-    torch._foreach_mul_(gradients, torch.clamp(max_norm / (total + 1e-6), max=1.0))
+    if gradients:
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (total + 1e-6), max=1.0))
     return total
 
 

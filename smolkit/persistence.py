@@ -193,9 +193,13 @@ class PersistenceMixin(Host):
                 library(model, trial)
             finally:
                 self._writing = None
-            if self.args.should_save and self.state.best_global_step:
-                self.state.best_model_checkpoint = str(target.parent / f"checkpoint-{self.state.best_global_step}")
-                self.state.save_to_json(str(aside / target.name / "trainer_state.json"))
+            # The library knows where it was written, on all processes. A best step that was not saved is not the best
+            # checkpoint.
+            best = target.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best == target or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+                if self.args.should_save:
+                    self.state.save_to_json(str(aside / target.name / "trainer_state.json"))
 
         self._together(target, lambda: self._clear(aside))
         self._together(target, write)
@@ -302,11 +306,15 @@ class PersistenceMixin(Host):
             masters.load_state_dict(torch.load(Path(best) / "optimizer.pt", map_location="cpu", weights_only=True))
         return None
 
+    def load_states(self, checkpoint: str | None) -> None:
+        """Optimizer and schedule as they were saved."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """State from the checkpoint, settings from the arguments: a longer or branched run follows its new plan."""
         names = ("initial_lr", "weight_decay", "betas", "eps")
         planned = [{name: group[name] for name in names if name in group} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        self.load_states(checkpoint)
         if checkpoint is None:
             return
         self._continued_from = Path(checkpoint)
@@ -320,6 +328,13 @@ class PersistenceMixin(Host):
         schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
             group["lr"] = rate
+
+    # the end
+
+    def _finalize_training(self, *args: Any) -> Any:
+        """The library's end, once the last checkpoint is on the disk: with --async_save it may yet have failed."""
+        self.finish_saving()
+        return super()._finalize_training(*args)
 
     # the plan
 

@@ -17,7 +17,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from smol_model import SmolConfig
 from smolkit.arguments import StageArguments
-from smolkit.errors import UserError
+from smolkit.errors import UserError, writing
+from smolkit.files import atomic_writer
 from smolkit.hardware import Peak, memory_used, peak
 from smolkit.run_report import METRICS, RUN_FILES, SAMPLES, TIMING
 from smolkit.samples import Samples, read_prompts
@@ -166,7 +167,7 @@ class Progress(TrainerCallback):
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -175,12 +176,13 @@ def _cut_back(path: Path, step: int) -> int:
     if not path.is_file():
         return 0
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: samples may hold U+2028 and the like
         try:
             row = json.loads(line)
         except ValueError:
             break
         if row["step"] <= step:
             kept.append((line, row))
-    path.write_text("".join(line for line, _ in kept), encoding="utf-8")
+    with writing(path), atomic_writer(path) as file:
+        file.writelines(f"{line}\n" for line, _ in kept)
     return max((row.get("tokens", 0) for _, row in kept), default=0)

@@ -68,7 +68,7 @@ def read_rows(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: U+2028 ends no row
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))

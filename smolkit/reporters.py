@@ -43,11 +43,12 @@ def _check_wandb() -> None:
         raise UserError(f"--report_to wandb: {why}; run `wandb login`, or set WANDB_MODE=offline to keep the run here")
 
 
-def join_wandb_run(directory: Path, run_name: str | None) -> None:
+def join_wandb_run(directory: Path, project: str, run_name: str | None) -> None:
     """Open the wandb run of a training in `directory`: the one it had before an interruption, or a new one.
 
     transformers' callback takes an open run for its own. Its id is kept, and asked for again with `resume="allow"`, so
-    that the parts of a run made offline become one when they are uploaded, too. WANDB_RUN_ID comes first.
+    that the parts of a run made offline become one when they are uploaded, too. WANDB_PROJECT and WANDB_RUN_ID come
+    first.
     """
     import wandb
 
@@ -55,7 +56,7 @@ def join_wandb_run(directory: Path, run_name: str | None) -> None:
         return
     file = directory / WANDB_RUN
     known = file.read_text(encoding="utf-8").strip() if file.is_file() else None
-    project = os.environ.get("WANDB_PROJECT", "huggingface")  # the callback's default
+    project = os.environ.get("WANDB_PROJECT", project)
     run = wandb.init(project=project, name=run_name, id=os.environ.get("WANDB_RUN_ID", known), resume="allow")
     if run.id != known and not run.disabled:
         with atomic_writer(file) as handle:

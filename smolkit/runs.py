@@ -25,7 +25,7 @@ from smolkit.checkpoints import describe_model
 from smolkit.command_line import RunArguments
 from smolkit.doctor import expand_paths, validation_path
 from smolkit.doctor.checkup import glance
-from smolkit.errors import UserError
+from smolkit.errors import UserError, writing
 from smolkit.files import write_json
 from smolkit.manifest import (
     MANIFEST,
@@ -92,7 +92,7 @@ class Job:
                     shutil.copyfile(start.parent / name, directory / name)  # training cuts it back to the checkpoint
             write_json(directory / SETTINGS_FILE, self.settings)
             if "wandb" in self.args.report_to and self.args.process_index == 0:
-                join_wandb_run(directory, self.args.run_name)
+                join_wandb_run(directory, self.args.project, self.args.run_name)
         except OSError as error:
             raise _unwritable(directory, error) from error
 
@@ -166,10 +166,11 @@ def complete(args: RunArguments, step: int, config: SmolConfig, facts: dict[str,
     """Leave the arguments as JSON, the report with its verdict, the model card, and the mark of a finished run."""
     directory = Path(args.output_dir)
     facts = {"model": describe_model(config), "datasets": prepared_datasets(directory), **facts}
-    write_json(directory / "training_arguments.json", json.loads(args.to_json_string()))
-    print(write_report(directory, finished=True), flush=True)
-    write_card(directory, facts)
-    write_json(directory / COMPLETE_FILE, {"step": step, "facts": facts})
+    with writing(directory):
+        write_json(directory / "training_arguments.json", json.loads(args.to_json_string()))
+        print(write_report(directory, finished=True), flush=True)
+        write_card(directory, facts)
+        write_json(directory / COMPLETE_FILE, {"step": step, "facts": facts})
 
 
 def leave(trainer: Any) -> None:
@@ -334,10 +335,12 @@ def find_start(args: RunArguments, settings: dict[str, Any], resume: str) -> Sta
     directory, named = Path(args.output_dir), args.resume_from_checkpoint
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--output_dir {directory} is a file; name a directory")
+    if named and resume == "never":
+        raise UserError("--resume never and --resume_from_checkpoint contradict each other; leave one out")
     _try_writing(directory)
-    notes = _check_named(named, resume) if named else []
-    if named and Path(named).resolve().parent == directory.resolve():
-        return False, named, notes  # back to an earlier step of this run, with whatever settings
+    own = Path(named) if named and Path(named).resolve().parent == directory.resolve() else None
+    if own and not _went_back(directory, settings):
+        return False, named, _check_named(named)  # back to an earlier step of this run, with whatever settings
     try:
         before = json.loads((directory / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
@@ -347,7 +350,7 @@ def find_start(args: RunArguments, settings: dict[str, Any], resume: str) -> Sta
             raise UserError(
                 f"{directory} holds {foreign[0]}, which this script did not write; use another --output_dir"
             ) from None
-        return False, named, notes
+        return False, named, _check_named(named)
     if resume == "never":
         return False, None, []
     if not named and "branched_from" in before:
@@ -357,6 +360,8 @@ def find_start(args: RunArguments, settings: dict[str, Any], resume: str) -> Sta
     if (directory / COMPLETE_FILE).is_file() and not more:
         return True, None, []
     checkpoint, skipped = newest_whole(directory)
+    if own and checkpoint is not None and step_of(checkpoint) < step_of(own):
+        checkpoint = None  # of the time before the run went back
     if checkpoint is None and skipped:
         raise UserError(
             f"no checkpoint of {directory} is whole: {'; '.join(skipped)}. Restore one, name another with "
@@ -365,7 +370,18 @@ def find_start(args: RunArguments, settings: dict[str, Any], resume: str) -> Sta
     if checkpoint is None and more:
         raise UserError(f"--additional_steps {args.additional_steps}: {directory} has no checkpoint to continue from")
     notes += [f"skipped {line}" for line in skipped]
-    return False, str(checkpoint) if checkpoint else named, notes
+    if checkpoint is None:
+        return False, named, [*notes, *_check_named(named)]
+    return False, str(checkpoint), notes
+
+
+def _went_back(directory: Path, settings: dict[str, Any]) -> bool:
+    """Whether the run in `directory` is the one that this very command started from a checkpoint of it."""
+    try:
+        _compare(directory, json.loads((directory / SETTINGS_FILE).read_text()), settings)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _try_writing(directory: Path) -> None:
@@ -381,10 +397,10 @@ def _unwritable(directory: Path, error: OSError) -> UserError:
     return UserError(f"--output_dir {directory}: cannot write there: {error.strerror or error}; use another directory")
 
 
-def _check_named(named: str, resume: str) -> list[str]:
+def _check_named(named: str | None) -> list[str]:
     """Remarks on --resume_from_checkpoint; `UserError` when it cannot be continued from."""
-    if resume == "never":
-        raise UserError("--resume never and --resume_from_checkpoint contradict each other; leave one out")
+    if not named:
+        return []
     if not (Path(named) / "trainer_state.json").is_file():
         raise UserError(f"--resume_from_checkpoint {named}: not a training checkpoint")
     if not (Path(named) / MANIFEST).is_file():

@@ -101,7 +101,7 @@ def read_prompts(items: Sequence[str], tokenizer: PreTrainedTokenizerFast, chat:
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a prompt may hold U+2028 and the like
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--sample_prompts {path}: {getattr(error, 'strerror', None) or error}") from None
     rows = []

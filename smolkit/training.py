@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
 from smolkit.checkpoints import save_final
-from smolkit.errors import UserError
+from smolkit.errors import UserError, writing
 from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
 from smolkit.packing import IGNORE, SeededOrder, blank_row
@@ -57,7 +57,7 @@ class TrainerMixin(GuardMixin):
         self.begin_guards()
         # tokens this process has trained on since the last log, padding not counted; a tensor once masks were counted
         self._tokens: int | torch.Tensor = 0
-        self._flops_per_token: float | None = None
+        self._flops_per_token: dict[int, float] = {}  # by the length of a row
         self._router: dict[str, torch.Tensor] = {}
         self._router_batches = 0
 
@@ -147,9 +147,9 @@ class TrainerMixin(GuardMixin):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # theirs says int
         """Training FLOPs of a micro-batch; the library's version counts the parameters anew at every step."""
-        if self._flops_per_token is None:
+        length = inputs["input_ids"].shape[-1]
+        if length not in self._flops_per_token:
             config = self.model.config
-            length = inputs["input_ids"].shape[-1]
             if isinstance(config, SmolConfig):
                 flops = flops_per_token(config, length)
                 products = flops_per_token(config, -1)  # without attention, whose length is T + 1
@@ -158,8 +158,9 @@ class TrainerMixin(GuardMixin):
             # ZeRO-3 leaves empty tensors on a process, and says how large they are
             sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.model.parameters()]
             frozen = sum(size for size, trained in sizes if not trained) / sum(size for size, _ in sizes)
-            self._flops_per_token = flops - frozen * products / 3  # frozen weights need no gradient of their own
-        return self._flops_per_token * inputs["input_ids"].numel()
+            # frozen weights need no gradient of their own
+            self._flops_per_token[length] = flops - frozen * products / 3
+        return self._flops_per_token[length] * inputs["input_ids"].numel()
 
     def observe_router(self, outputs: Any) -> None:
         """Add one micro-batch to the router statistics of the log window; does nothing for dense models."""
@@ -294,7 +295,8 @@ class TokenLossMixin(TrainerMixin):
         model = self.model_wrapped if self.is_sharded() else self.model
         model.eval()
         table = self.byte_table()
-        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # nats, tokens, bytes
+        place = "cpu" if self.args.device.type == "mps" else self.args.device  # Apple's GPUs know no float64
+        total = torch.zeros(3, dtype=torch.float64, device=place)  # nats, tokens, bytes
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             inputs.pop("tokens", None)
@@ -303,10 +305,10 @@ class TokenLossMixin(TrainerMixin):
                 loss = model(**inputs, num_items_in_batch=1, use_cache=False, logits_to_keep=1).loss
             predicted = inputs["labels"][:, 1:]
             predicted = predicted[predicted != IGNORE]
-            total[0] += loss
+            total[0] += loss.to(place)
             total[1] += len(predicted)
             if table is not None:
-                total[2] += table[predicted].sum()
+                total[2] += table[predicted].sum().to(place)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nats, tokens, size = self.accelerator.reduce(total, "sum").tolist()
         metrics = {
@@ -369,6 +371,7 @@ def write_final(trainer: TrainerMixin, dtype: torch.dtype, config: SmolConfig, f
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         missing = {name for name, _ in model.named_parameters()} - state.keys()
         assert not missing, missing  # the library would write a directory without them, or without any weights
-        save_final(model, state, trainer.processing_class, trainer.args.output_dir, dtype)
+        with writing(trainer.args.output_dir):
+            save_final(model, state, trainer.processing_class, trainer.args.output_dir, dtype)
         complete(trainer.args, trainer.state.global_step, config, facts)
     trainer.accelerator.wait_for_everyone()

@@ -238,6 +238,13 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
         elsewhere: Any = difference(expected, final_weights(other))
     except UserError as error:
         elsewhere = str(error)
+    branch = trainer_for(strategy, "resume", size, f"{output}/branch", learning_rate=5e-3)
+    branch.train(resume_from_checkpoint=checkpoint)
+    often = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    best = trainer_for(strategy, "resume", size, f"{output}/best", learning_rate=1.0, **often)
+    best.train()
+    best_evaluation = best.evaluate()["eval_loss"]
+    chosen = {name: weight.to(best.model.dtype) for name, weight in final_weights(best).items()}
     masters = whole.master_optimizer()
     norms = []
     if masters is not None:  # the two ways to clip give the same norm
@@ -252,7 +259,8 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
     if dist.get_rank():
         return {}
     with parallel.whole_model():  # one process alone must not load under ZeRO-3
-        saved, middle = (AutoModelForCausalLM.from_pretrained(path) for path in (f"{output}/run", checkpoint))
+        paths = (f"{output}/run", checkpoint, best.state.best_model_checkpoint)
+        saved, middle, first = map(AutoModelForCausalLM.from_pretrained, paths)
         own = SmolForCausalLM.from_pretrained(f"{output}/run").eval()
     batch = torch.arange(1, 12)[None]
     with torch.no_grad():
@@ -263,6 +271,10 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
         "logits": float((theirs - ours).abs().max()),
         "middle": difference(expected, {n: w for n, w in middle.named_parameters()}),
         "continued": continued,
+        "branched": branch.lr_scheduler.get_last_lr()[0],
+        "best_step": best.state.best_global_step,
+        "best": difference(chosen, {n: w for n, w in first.named_parameters()}),
+        "best_evaluation": [best_evaluation, best.state.best_metric],
         "elsewhere": elsewhere,
         "norms": norms,
         "files": sorted(path.name for path in Path(checkpoint).iterdir()),

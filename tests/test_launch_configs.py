@@ -19,6 +19,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from deepspeed.launcher.runner import fetch_hostfile
 from deepspeed.runtime.config import DeepSpeedConfig
+from torch.distributed.launcher.api import LaunchConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from smolkit import command_line, runs
@@ -93,6 +94,22 @@ def test_two_node_scripts_say_what_is_missing() -> None:
         command = ["bash", str(CONFIGS / f"two_nodes_{kind}.sh"), "train_pretrain.py"]
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode and "NODE_RANK: the number of this node" in result.stderr
+
+
+def test_two_node_scripts_leave_time_to_save(tmp_path, monkeypatch) -> None:
+    """torch, which kills what still runs, reads the seconds from where the scripts put them."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    for kind in ("torchrun", "accelerate"):
+        (tmp_path / kind).write_text("#!/bin/sh\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n")
+        (tmp_path / kind).chmod(0o755)
+        command = ["bash", str(CONFIGS / f"two_nodes_{kind}.sh"), "train_pretrain.py"]
+        for given, seconds in ({}, "300"), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, "60"):
+            environment = {**os.environ, "NODE_RANK": "0", "MAIN_ADDRESS": "here", **given}
+            assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout.strip() == seconds
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 30
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 300
 
 
 def test_the_readme_names_every_file() -> None:

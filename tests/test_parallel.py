@@ -75,6 +75,10 @@ def check_resumed(report: dict[str, Any], strategy: str) -> None:
     assert report["middle"] > 1e-3, "the checkpoint is of an earlier step"
     assert {"config.json", "model.safetensors", "tokenizer.json", "expert_parallel.json"} <= set(report["files"])
     assert report["continued"] == 0.0
+    # the plan is the new command's, except that DeepSpeed keeps its checkpoint's
+    assert report["branched"] == (1e-2 if strategy.startswith("zero") else 5e-3)
+    assert report["best_step"] < 4 and report["best"] == 0.0
+    assert report["best_evaluation"][0] == pytest.approx(report["best_evaluation"][1], rel=1e-6)
     if strategy.startswith("zero"):
         assert "--expert_parallel_size 2 (deepspeed), which 1 (deepspeed) cannot continue" in report["elsewhere"]
     else:

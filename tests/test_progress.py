@@ -1,5 +1,6 @@
 """What a run leaves to look at: rows, speed, bits per byte, samples, reporters, the page."""
 
+import errno
 import json
 import math
 import re
@@ -8,12 +9,15 @@ import sqlite3
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,11 +26,13 @@ from transformers import PreTrainedTokenizerFast
 import train_pretrain
 import train_tokenizer
 from smol_model import SmolConfig, flops_per_token
-from smolkit import hardware, reporters, run_report
+from smolkit import errors, hardware, reporters, run_report
 from smolkit.chat import encode_text
 from smolkit.checkpoints import load_tokenizer
 from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError
+from smolkit.progress import _append, _cut_back
+from smolkit.report import read_rows
 from smolkit.samples import read_prompts
 from smolkit.tokenizer import token_bytes
 
@@ -121,6 +127,71 @@ def test_an_interrupted_run_leaves_the_same_rows_and_samples(world, whole, tmp_p
     (mean,) = [row["train_loss"] for row in rows(broken / "timing.jsonl") if "train_loss" in row]
     assert 0.95 * min(losses) < mean < 1.05 * max(losses), "a mean over the steps of the last process"
     assert_speeds_count_the_same_steps(broken)  # also of steps 5 and 6, while the row at 6 has the tokens of 4
+
+
+def test_lines_end_at_newlines_only_and_files_are_replaced_whole(world, tmp_path, monkeypatch) -> None:
+    texts = ["a\u2028b", "c\x85d\u2029", "e"]
+    kept = [{"step": step, "answer": text, "tokens": step} for step, text in enumerate(texts, start=1)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join([*lines, '{"step": 4}\n', '{"step": 3, "ans']), encoding="utf-8")
+    assert read_rows(file) == [*kept, {"step": 4}]
+    before = file.read_bytes()
+    with monkeypatch.context() as broken:
+        broken.setattr("os.replace", partial(full, errno.ENOSPC))
+        with pytest.raises(UserError, match=r"cannot write .*samples.jsonl: No space left on device"):
+            _cut_back(file, 3)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+    assert _cut_back(file, 3) == 3
+    assert file.read_text(encoding="utf-8") == "".join(lines)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts))
+    found = read_prompts([str(prompts)], load_tokenizer(world / "tokenizer"), False, 500)
+    assert [prompt.shown for prompt in found] == texts
+
+
+def full(code: int, *paths: object) -> None:
+    raise OSError(code, "refused", *paths)
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path, capsys) -> None:
+    """A mistake of ours keeps its traceback."""
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        _append(Path("/dev/full"), {"step": 1})
+    serializing = partial(safetensors_says, "Error while serializing: I/O error: No space left on device (os error 28)")
+    for failure in (partial(full, errno.EROFS, "/x"), partial(full, errno.EACCES, "/x"), serializing):
+        with pytest.raises(SystemExit) as stop:
+            errors.run(failure)
+        assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: /x: Read-only file system", "error: /x: Permission denied", "error: No space left on device"
+    ]  # fmt: skip
+    for failure in (partial(full, errno.EACCES), partial(full, errno.ENOENT, "/x"), partial(safetensors_says, "no")):
+        with pytest.raises((OSError, SafetensorError)):
+            errors.run(failure)
+
+
+def safetensors_says(text: str) -> None:
+    raise SafetensorError(text)
+
+
+class Jumps(train_pretrain.PretrainTrainer):
+    """A loss that is far above the others at step 12."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * 10 if self.state.global_step == 11 else loss
+
+
+def test_the_bar_and_a_jump_of_the_loss_are_shown(world, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(train_pretrain, "PretrainTrainer", Jumps)
+    steps = ["--max_steps", "14", "--logging_steps", "7", "--disable_tqdm", "false", "--save_strategy", "no"]
+    pretrain(world, tmp_path / "out", *steps)
+    shown = capsys.readouterr()
+    number = r"\d[\d.,e+-]*"
+    line = rf"loss {number}, lr {number}, {number} tok/s, MFU \d+%, {number} GiB"
+    assert re.search(line, shown.err), shown.err
+    assert re.search(rf"warning: the loss jumped to {number} at step 12, from about {number}: look at", shown.out)
 
 
 # --- bits per byte
@@ -315,6 +386,21 @@ def wandb_pretrain(world, tmp_path, monkeypatch) -> Callable[..., Path]:
         return output
 
     return run
+
+
+@pytest.mark.parametrize("environment", [None, "of-the-environment"])
+def test_wandb_gets_the_project(environment, tmp_path, monkeypatch) -> None:
+    import wandb
+
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(wandb, "run", None)
+    monkeypatch.setattr(wandb, "init", lambda **how: asked.update(how) or SimpleNamespace(id="1", disabled=False))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if environment:
+        monkeypatch.setenv("WANDB_PROJECT", environment)
+    args = PretrainTrainingArguments(output_dir=str(tmp_path), project="mine")
+    reporters.join_wandb_run(tmp_path, args.project, args.run_name)
+    assert asked["project"] == (environment or "mine")
 
 
 def test_wandb_offline(wandb_pretrain, tmp_path) -> None:

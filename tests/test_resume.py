@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import train_tokenizer
 from smolkit import guards
 from smolkit.checkpoints import build_model, load_tokenizer, new_config, save_final
-from smolkit.manifest import MANIFEST, checkpoints, problem, seal
+from smolkit.manifest import MANIFEST, checkpoints, problem, rotate, seal
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
@@ -251,14 +251,39 @@ def test_signals_finish_the_step_and_save(world, whole, tmp_path) -> None:
         job(world, "pretrain", tmp_path / "usr1", *KEEP, fault={"signal": "SIGUSR1", "at": 2, "rank": 1}, **two),
         job(world, "pretrain", tmp_path / "usr1", *KEEP),
         job(world, "pretrain", tmp_path / "int", "--save_strategy", "no", fault={"signal": "SIGINT", "at": 9}),
+        job(world, "pretrain", tmp_path / "bare", "--save_only_model", fault={"signal": "SIGTERM", "at": 5}),
     ]
-    results = execute(tmp_path, plan, [75, 0, 75, 0, 0])
+    results = execute(tmp_path, plan, [75, 0, 75, 0, 0, 75])
+    assert "the same command continues the run" in results[0]["output"]
+    assert "cannot be continued, but be the --base_model of another run" in results[5]["output"]
+    assert "same command" not in results[5]["output"]
     assert "stopped by SIGTERM after step 5 of 9" in results[0]["output"]
     assert_same(whole, tmp_path / "term")
     assert results[2]["codes"] == [75, 75]
     assert "after step 2 of 9" in results[2]["output"]
     pairs = zip(rows(whole), rows(tmp_path / "usr1"), strict=True)
     assert all((one["step"], one.get("tokens")) == (other["step"], other.get("tokens")) for one, other in pairs)
+
+
+@pytest.mark.parametrize("save", [["--save_steps", "5"], ["--save_strategy", "epoch"]], ids=["steps", "epoch"])
+def test_the_end_of_an_epoch_is_written_before_the_checkpoint_that_follows_it(world, tmp_path, save) -> None:
+    """Of 50 conversations ten make a step, so that step 5 ends an epoch: a run that is stopped there, or continues from
+    there, has evaluated, logged and drawn what the undisturbed one has."""
+    more = ("--eval_strategy", "epoch", "--logging_strategy", "epoch", "--sample_prompts", "the", *save)
+    plan = [
+        job(world, "sft", tmp_path / "whole", *more, batch=5),
+        job(world, "sft", tmp_path / "killed", *more, batch=5, fault={"kill_at": 7}),
+        job(world, "sft", tmp_path / "killed", *more, batch=5),
+        job(world, "sft", tmp_path / "asked", *more, batch=5, fault={"signal": "SIGTERM", "at": 5}),
+        job(world, "sft", tmp_path / "asked", *more, batch=5),
+    ]
+    results = execute(tmp_path, plan, [0, -9, 0, 75, 0])
+    assert "after step 5 of 9" in results[3]["output"]
+    for name in ("killed", "asked"):
+        assert_same(tmp_path / "whole", tmp_path / name)
+        samples = [(tmp_path / each / "samples.jsonl").read_text() for each in ("whole", name)]
+        assert samples[0] == samples[1]
+    assert {row["step"] for row in rows(tmp_path / "asked") if "eval_loss" in row} == {5, 9}
 
 
 def test_a_second_interrupt_aborts_at_once(monkeypatch) -> None:
@@ -313,22 +338,32 @@ def test_losses_that_are_not_finite(world, tmp_path) -> None:
 def test_an_update_that_guards_itself_is_left_out_on_the_device(world, tmp_path) -> None:
     """Where nobody waits for the device: the same run bit for bit, and nothing that is not finite is written down."""
     bf16, every = ("--weights_dtype", "bf16"), ("--save_steps", "1", "--save_total_limit", "9")
-    nan = {"nan_at": [6], "on_a_gpu": True}
+    nan, term = {"nan_at": [6], "on_a_gpu": True}, {"signal": "SIGTERM", "at": 5, "on_a_gpu": True}
+    log = ("--logging_steps", "1", "--save_steps", "20")
     plan = [
         job(world, "pretrain", tmp_path / "plain", *bf16),
         job(world, "pretrain", tmp_path / "later", *bf16, fault={"on_a_gpu": True}),
         job(world, "pretrain", tmp_path / "unsaved", *bf16, "--save_steps", "20", fault=nan),
         job(world, "pretrain", tmp_path / "saved", *bf16, *every, fault=nan),
-        job(world, "pretrain", tmp_path / "asked", *bf16, fault={"signal": "SIGTERM", "at": 5, "on_a_gpu": True}),
+        job(world, "pretrain", tmp_path / "asked", *bf16, fault=term),
+        job(world, "pretrain", tmp_path / "logged", *bf16, *log, fault=term),
     ]
-    results = execute(tmp_path, plan, [0, 0, 2, 2, 75])
+    results = execute(tmp_path, plan, [0, 0, 2, 2, 75, 75])
     assert_same(tmp_path / "plain", tmp_path / "later")
     for result in results[2:4]:
         assert "the loss is nan at step 6 (process 0, batch 1 of 2 in the step, rows " in result["output"]
         assert "nothing was updated with it" in result["output"]
     assert [row["step"] for row in rows(tmp_path / "unsaved") if "loss" in row] == [3]
     assert checkpoints(tmp_path / "saved")[-1].name == "checkpoint-5"
-    assert checkpoints(tmp_path / "asked")[-1].name in ("checkpoint-5", "checkpoint-6")
+    for name in ("asked", "logged"):  # where every step is logged, the signal is noticed in front of a row
+        assert checkpoints(tmp_path / name)[-1].name in ("checkpoint-5", "checkpoint-6")
+
+
+def test_dropped_pairs_are_no_part_of_a_step(world, tmp_path) -> None:
+    """22 pairs, 8 a step: an epoch has two steps. Where nothing is learned, every loss is ln 2, whatever the epoch."""
+    still = ("--learning_rate", "0", "--logging_steps", "1", "--max_steps", "5", "--dataloader_drop_last", "true")
+    execute(tmp_path, [job(world, "dpo", tmp_path / "out", *still, batch=8, accumulation=1)], [0])
+    assert [row["loss"] for row in rows(tmp_path / "out") if "loss" in row] == pytest.approx([np.log(2)] * 5, rel=1e-4)
 
 
 def test_a_jump_of_the_loss_is_noticed_once() -> None:
@@ -385,6 +420,17 @@ def test_a_full_disk_stops_with_one_line(world, whole, tmp_path, how) -> None:
     assert "cannot save" in results[0]["output"] and "Traceback" not in results[0]["output"]
     assert results[1]["codes"] == [0]
     assert_same(whole, directory)
+
+
+def test_a_disk_that_is_full_at_the_end_stops_with_one_line(world, tmp_path) -> None:
+    full = {"full_after": 60_000}
+    runs = [
+        job(world, stage, tmp_path / stage, "--save_strategy", "no", *more, fault=full)
+        for stage, more in (("pretrain", []), ("lora", ["--lora_r", "64"]))
+    ]
+    for result in execute(tmp_path, runs, [2, 2]):
+        (line,) = [line for line in result["output"].splitlines() if line.startswith("error: ")]
+        assert "File too large" in line and "Traceback" not in result["output"]
 
 
 def test_saving_in_the_background_does_not_hold_up_training(world, whole, tmp_path) -> None:
@@ -454,7 +500,35 @@ def test_what_is_wrong_with_a_checkpoint(tmp_path) -> None:
     assert "--save_only_model" in problem(weights_only)
 
 
+def test_no_limit_deletes_nothing(tmp_path) -> None:
+    for limit in (-1, 0, None):
+        for step in range(1, 5):
+            (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+        rotate(tmp_path, limit, 0, None)
+        assert len(checkpoints(tmp_path)) == 4
+    rotate(tmp_path, 1, 0, None)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
 # --- more steps, branches
+
+
+def test_a_run_that_went_back_goes_on_and_is_done(world, whole, tmp_path) -> None:
+    """The same command again, as a scheduler repeats it: where the run had come to, though the start is deleted."""
+    back = copy(whole, tmp_path / "back")
+    more = ("--resume_from_checkpoint", str(back / "checkpoint-4"), "--save_steps", "1", "--learning_rate", "5e-3")
+    plan = [
+        job(world, "pretrain", back, *more, fault={"kill_at": 9}),
+        job(world, "pretrain", back, *more),
+        job(world, "pretrain", back, *more),
+    ]
+    results = execute(tmp_path, plan, [-9, 0, 0])
+    assert "checkpoint-4" in results[0]["output"] and not (back / "checkpoint-4").exists()
+    assert "checkpoint-8" in results[1]["output"].partition("continued from")[2].splitlines()[0]
+    assert "nothing to do" in results[2]["output"]
+    again = ("--resume_from_checkpoint", str(back / "checkpoint-8"), "--save_steps", "1")  # another start: back it is
+    result = execute(tmp_path, [job(world, "pretrain", back, *again, fault={"kill_at": 9})], [-9])[0]
+    assert "checkpoint-8" in result["output"] and [path.name for path in checkpoints(back)][-1] == "checkpoint-8"
 
 
 def test_more_steps_branches_and_other_peoples_weights(world, whole, tmp_path) -> None:

@@ -1,7 +1,9 @@
 """Optimizer with masters, accumulation, evaluation, non-finite losses, resuming; on tiny models in this process."""
 
 import copy
+import errno
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -14,11 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train_pretrain
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
 from smolkit.checkpoints import load_tokenizer
 from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError
-from smolkit.manifest import MANIFEST, seal
+from smolkit.manifest import MANIFEST, checkpoints, seal
 from smolkit.optimizer import LARGE, SLICE, MasterAdamW
 from smolkit.packing import PackedCollator, pack_blocks
 from smolkit.runs import SETTINGS_FILE, find_start, one_gpu_per_process, slow_arithmetic
@@ -164,6 +166,14 @@ def test_the_compiled_update_is_the_fused_one(monkeypatch) -> None:
         torch.testing.assert_close(own, fused, rtol=1e-6, atol=1e-7)
 
 
+def test_without_gradients_the_norm_is_zero() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = MasterAdamW([weight])
+    assert optimizer.clip_grad_norm(1.0) == 0
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+
+
 # --- trainer
 
 
@@ -270,6 +280,26 @@ def test_the_best_checkpoint_is_loaded_at_the_end_masters_and_all(world, tmp_pat
         assert all(any(torch.equal(value, master) for master in masters) for value in final_weights(trainer).values())
 
 
+def test_a_last_checkpoint_that_fails_in_the_background_is_reported(world, tmp_path, monkeypatch) -> None:
+    def full(written: Path, step: int, **facts: object) -> None:
+        if step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        seal(written, step=step, **facts)
+
+    monkeypatch.setattr("smolkit.persistence.seal", full)
+    trainer = trainer_for(world, tmp_path, save_strategy="steps", save_steps=1, async_save=True)
+    with pytest.raises(UserError, match=r"cannot save .*No space left on device"):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_flops_of_a_micro_batch_are_of_its_length(world, tmp_path) -> None:
+    trainer = trainer_for(world, tmp_path)
+    for length in (8, 200, 8):
+        batch = {"input_ids": torch.zeros(2, length, dtype=torch.long)}
+        assert trainer.floating_point_ops(batch) == 2 * length * flops_per_token(trainer.model.config, length)
+
+
 def test_a_checkpoint_of_another_shape_is_named(world, tmp_path) -> None:
     trainer = trainer_for(world, tmp_path)
     other = SmolConfig(**{**trainer.model.config.to_dict(), "intermediate_size": 96, "model_type": "llama"})
@@ -333,6 +363,13 @@ def test_interrupted_run_continues_as_if_nothing_happened(world, tmp_path, more,
     more_text.write_text(more_text.read_text() * 2)
     with pytest.raises(UserError, match="more.jsonl has changed"):
         pretrain(world, tmp_path / "other", *arguments, "--max_steps", "1")
+    routers = {"router/aux_loss", "router/z_loss", "router/entropy", "router/dropped", "router/load_max"}
+    routers |= {"router/load_min", "router/dead"}
+    for row in metrics:
+        if "loss" in row:
+            assert {name for name in row if name.startswith("router/")} == (routers if more else set())
+            assert not more or row["router/dropped"] == 0 < row["router/entropy"] <= math.log(4) + 1e-6
+            assert not more or row["router/load_min"] <= 1 <= row["router/load_max"] <= 4
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert 320 > reloaded.generation_config.eos_token_id[0]
 
