@@ -2,6 +2,7 @@
 #   make quickstart MODEL=tiny-moe          the same with a Mixture-of-Experts
 #   make setup TORCH_INDEX=URL              take torch from an index of your choice (PyTorch has one for CPUs)
 #   make setup PYTHON=/path/to/python3.11   another interpreter
+#   make test WORKERS=4                     tests in four processes instead of two (0: in one, as a debugger wants it)
 #   make setup-vllm                         adds vLLM (CPU or CUDA build) for serve_vllm.py
 
 SHELL := /bin/bash
@@ -13,6 +14,7 @@ VENV ?= .venv
 MODEL ?= tiny
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 # nvidia-smi answers only where a driver and a GPU are present: choose the packages by that.
@@ -31,9 +33,12 @@ if sys.argv[1] == "cpu" and torch.version.cuda:
 endef
 export TORCH_CHECK
 
+# A file's tests stay together: they share what they set up. Threads that wait must not take the core of those that work.
+SHARED := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 # Whole scripts, several processes, browsers, notebooks: what `make test-fast` leaves out.
-LONG_TESTS := benchmarks cluster export gpu insight_runs launch_configs notebooks order parallel prepare_hub recipes resume \
-  strategies training_scripts upcycle
+LONG_TESTS := benchmarks cluster export gpu insight_runs launch_configs notebooks order parallel preferences prepare_hub \
+  progress recipes resume runtime shards strategies training training_scripts upcycle
 LONG_SERVING_TESTS := app clients guard load scripts
 
 .PHONY: help setup setup-vllm quickstart test test-fast test-all lint clean
@@ -68,11 +73,11 @@ quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" MODEL="$(MODEL)" bash recipes/quickstart.sh
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(SHARED) -m "not slow" $(PYTEST_ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow" $(LONG_TESTS:%=--ignore=tests/test_%.py) \
-	  $(LONG_SERVING_TESTS:%=--ignore=tests/serving/test_%.py) $(PYTEST_ARGS)
+	$(SHARED) -m "not slow" $(LONG_TESTS:%=--ignore=tests/test_%.py) \
+	  $(LONG_SERVING_TESTS:%=--ignore=tests/serving/test_%.py) --ignore=tests/evaluation/test_harness.py $(PYTEST_ARGS)
 
 test-all: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
