@@ -34,7 +34,7 @@ endef
 export TORCH_CHECK
 
 # A file's tests stay together: they share what they set up. Threads that wait must not take the core of those that work.
-SHARED := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Whole scripts, several processes, browsers, notebooks: what `make test-fast` leaves out.
 LONG_TESTS := benchmarks cluster export gpu insight_runs launch_configs notebooks order parallel preferences prepare_hub \
@@ -73,10 +73,10 @@ quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" MODEL="$(MODEL)" bash recipes/quickstart.sh
 
 test: setup
-	$(SHARED) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-fast: setup
-	$(SHARED) -m "not slow" $(LONG_TESTS:%=--ignore=tests/test_%.py) \
+	$(PYTEST) -m "not slow" $(LONG_TESTS:%=--ignore=tests/test_%.py) \
 	  $(LONG_SERVING_TESTS:%=--ignore=tests/serving/test_%.py) --ignore=tests/evaluation/test_harness.py $(PYTEST_ARGS)
 
 test-all: setup

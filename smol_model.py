@@ -694,7 +694,7 @@ class SparseMoE(nn.Module):
         super().__init__()
         self.num_experts, self.capacity_factor = config.num_experts, config.capacity_factor
         share = Fraction(config.capacity_factor or 0).limit_denominator(10**6) * config.num_experts_per_tok
-        self.share = (share / config.num_experts).as_integer_ratio()
+        self.capacity_ratio = (share / config.num_experts).as_integer_ratio()  # slots of an expert per token
         self.gate = Router(config)
         self.experts = Experts(config)
 
@@ -711,29 +711,28 @@ class SparseMoE(nn.Module):
         if not plan.complete:
             rows = rows.masked_fill(~plan.kept, 0.0)
         output = combine(rows, weights, plan).to(x.dtype).view_as(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return output, logits, router_stats(logits, probabilities, plan, real)
+        return output, logits, router_stats(logits, probabilities, plan, real)
 
     def capacity(self, experts: Tensor, real: Tensor | None) -> Tensor | int:
         """ceil(capacity_factor * k * tokens / E), over real tokens. Whole numbers: in floats 1.1 * 50 is above 55."""
         tokens: Any = len(experts) if real is None else real.sum()
-        return -(-tokens * self.share[0] // self.share[1])
+        slots, per = self.capacity_ratio
+        return -(-tokens * slots // per)
 
 
 def router_stats(logits: Tensor, probabilities: Tensor, plan: Dispatch, real: Tensor | None) -> RouterStats:
-    """Losses and statistics of one router over real tokens; logits and probabilities (N, E) in fp32, real (N,) or None.
-
-    Call it outside autocast, which would take the products to 16 bits.
-    """
+    """Losses and statistics of one router over real tokens; logits and probabilities (N, E), real (N,) or None."""
     share = torch.full_like(logits[:, 0], 1 / len(logits)) if real is None else real / real.sum().clamp(min=1)  # (N,)
     slots = plan.load.sum().clamp(min=1)
     load = plan.load / slots
-    aux_loss = load.numel() * (load * (share @ probabilities)).sum()
     log_partition = logits.logsumexp(-1)  # (N,)
-    with torch.no_grad():
-        entropy = share @ (log_partition - (probabilities * logits).sum(-1))
-        dropped = 1 - plan.kept.sum() / slots
-    return RouterStats(aux_loss, share @ log_partition.square(), load, entropy, dropped)
+    with torch.autocast(logits.device.type, enabled=False):  # which would take the products to 16 bits
+        aux_loss = load.numel() * (load * (share @ probabilities)).sum()
+        z_loss = share @ log_partition.square()
+        with torch.no_grad():
+            entropy = share @ (log_partition - (probabilities * logits).sum(-1))
+    dropped = 1 - plan.kept.sum() / slots
+    return RouterStats(aux_loss, z_loss, load, entropy, dropped)
 
 
 def stack_stats(layers: Sequence[Sequence[Tensor]], device: torch.device) -> RouterStats:
@@ -936,14 +935,16 @@ class SmolModel(SmolPreTrainedModel):
         varlen = implementation == "sdpa" and device == "cuda" and dtype.itemsize == 2 and not dropout
         varlen = varlen and self.config.head_dim % 8 == 0 and self.config.head_dim <= 256  # what the kernel takes,
         varlen = varlen and torch.cuda.get_device_capability(x.device)[0] >= 8  # and where it runs
-        masked = attention_mask is not None and attention_mask.dim() == 2
-        if position_ids is not None and past_key_values is None and (masked or varlen or (flash and B > 1)):
+        padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None  # where it is 0
+        if position_ids is not None and past_key_values is None and (
+            padding is not None or varlen or (flash and B > 1)
+        ):
             starts = F.pad(position_ids.diff() != 1, (1, 0)).expand(B, T)
             packed: Any
             if known_bounds is not None:
                 packed = len(known_bounds) > B + 1
-            elif masked:  # padding inside or beside a document makes positions jump as well
-                packed = ((position_ids == 0) & attention_mask.bool()).sum(-1).max() > 1  # type: ignore[union-attr]
+            elif padding is not None:  # inside or beside a document it makes positions jump as well
+                packed = ((position_ids == 0) & padding.bool()).sum(-1).max() > 1
             else:
                 packed = starts.any()
             if packed:

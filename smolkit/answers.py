@@ -378,7 +378,7 @@ class _ChoiceText:
         return ids, len(self._decoded(ids))
 
     def _decoded(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # type: ignore[return-value]  # one list
+        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:

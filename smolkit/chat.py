@@ -131,10 +131,12 @@ def add_chat_tokens(tokenizer: PreTrainedTokenizerFast, extra_tokens: Iterable[s
     return len(tokenizer) - before
 
 
-def chat_stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids that end a reply: the tokenizer's eos first, then `<|im_end|>` and `<|endoftext|>` where known."""
+def chat_stop_ids(tokenizer: PreTrainedTokenizerFast, eos: int | list[int] | None = None) -> list[int]:
+    """Ids that end a reply: the tokenizer's eos first, `<|im_end|>` and `<|endoftext|>` where known, then `eos`, those
+    of a checkpoint's generation_config.json."""
     vocabulary = tokenizer.get_added_vocab()
     candidates = [tokenizer.eos_token_id, vocabulary.get(IM_END), vocabulary.get(END_OF_TEXT)]
+    candidates += eos if isinstance(eos, list) else [eos]
     return list(dict.fromkeys(i for i in candidates if i is not None))
 
 

@@ -36,6 +36,7 @@ from smolkit.doctor import (
     read_texts,
 )
 from smolkit.errors import UserError
+from smolkit.files import read_lines
 from smolkit.parallel import check_expert_parallel
 from smolkit.planner import GB, Work, amount, short
 from smolkit.runs import sharding_engine
@@ -383,7 +384,7 @@ def find_time(
 def measured_speed(directory: Path) -> float | None:
     """The median tokens per second of a run in the directory."""
     try:
-        rows = [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in read_lines(directory / "timing.jsonl")]
     except (OSError, ValueError):
         return None
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]

@@ -43,7 +43,8 @@ class Engine(Protocol):
     """What the HTTP layer needs. Closing the iterator early cancels the request.
 
     `generate` raises `EngineBusy` when it cannot take the request and `EngineError` when generation fails,
-    both while the first (or a later) event is awaited.
+    both while the first (or a later) event is awaited. One may also have `capacity`, the most requests it holds, and
+    `dead`, true once it has failed for good.
     """
 
     @property

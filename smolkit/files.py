@@ -42,6 +42,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, without their ends.
+
+    For JSON Lines: `str.splitlines` also splits at U+2028, U+0085 and others, which JSON leaves in texts as they are.
+    """
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_writer(path) as file:

@@ -141,10 +141,7 @@ class Strategy:
     autocast: bool = False
     needs_devices: int = 1
     engine: str = "ddp"
-
-    @property
-    def offloads(self) -> bool:
-        return "offload" in self.name or "nvme" in self.name
+    offloads: bool = False  # part of it to the host's memory or a disk
 
 
 def _held(work: Work) -> tuple[int, int, int, int]:
@@ -237,20 +234,21 @@ ZERO_LIVE = 10**9  # stage3_max_live_parameters, stage3_max_reuse_distance
 def _engines(width: int) -> list[Strategy]:
     """The sharding engines, computing in bf16 (--bf16) or, `width` 4, in fp32."""
 
-    def engine(name: str, how: str, state: Callable[[Work], Memory], engine: str, least: int = 2) -> Strategy:
-        narrow = width == 2
-        autocast = narrow and engine == "fsdp"
-        how += ", --bf16" if narrow else ", in fp32"
-        return Strategy(name + "-fp32" * (not narrow), how, state, width, autocast, least, engine)
+    end, computes = ("", ", --bf16") if width == 2 else ("-fp32", ", in fp32")
+
+    def zero(name: str, how: str, stage: int, offload: str = "") -> Strategy:
+        least = 1 if offload else 2
+        state = _zero(stage, width, offload)
+        return Strategy(name + end, how + computes, state, width, False, least, f"zero{stage}", bool(offload))
 
     return [
-        engine("zero-1", "DeepSpeed, optimizer state split", _zero(1, width), "zero1"),
-        engine("zero-2", "DeepSpeed, and gradients", _zero(2, width), "zero2"),
-        engine("fsdp2", "FSDP2, everything split", _fsdp(width), "fsdp"),
-        engine("zero-3", "DeepSpeed, and weights", _zero(3, width), "zero3"),
-        engine("zero-2-offload", "gradients and optimizer in the host's memory", _zero(2, width, "host"), "zero2", 1),
-        engine("zero-3-offload", "weights, too: ds_config.json", _zero(3, width, "host"), "zero3", 1),
-        engine("zero-3-nvme", "on a disk: ds_zero3_nvme.json", _zero(3, width, "nvme"), "zero3", 1),
+        zero("zero-1", "DeepSpeed, optimizer state split", 1),
+        zero("zero-2", "DeepSpeed, and gradients", 2),
+        Strategy("fsdp2" + end, "FSDP2, everything split" + computes, _fsdp(width), width, width == 2, 2, "fsdp"),
+        zero("zero-3", "DeepSpeed, and weights", 3),
+        zero("zero-2-offload", "gradients and optimizer in the host's memory", 2, "host"),
+        zero("zero-3-offload", "weights, too: ds_config.json", 3, "host"),
+        zero("zero-3-nvme", "on a disk: ds_zero3_nvme.json", 3, "nvme"),
     ]
 
 
@@ -343,8 +341,9 @@ def compare(
     """
     lines = []
     for strategy in STRATEGIES:
-        listed = strategy.width == 2 or strategy.engine == "ddp" if bf16 else strategy.width == 4
-        if not listed and strategy.name != asked:
+        wide = strategy.width == 4
+        sensible = (not wide or strategy.engine == "ddp") if bf16 else wide
+        if not sensible and strategy.name != asked:
             continue
         if strategy.needs_devices > work.devices or (work.device == "cpu" and strategy.offloads):
             continue

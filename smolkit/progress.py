@@ -18,7 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from smol_model import SmolConfig
 from smolkit.arguments import StageArguments
 from smolkit.errors import UserError, writing
-from smolkit.files import atomic_writer
+from smolkit.files import atomic_writer, read_lines
 from smolkit.hardware import Peak, memory_used, peak
 from smolkit.run_report import METRICS, RUN_FILES, SAMPLES, TIMING
 from smolkit.samples import Samples, read_prompts
@@ -176,7 +176,7 @@ def _cut_back(path: Path, step: int) -> int:
     if not path.is_file():
         return 0
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: samples may hold U+2028 and the like
+    for line in read_lines(path):
         try:
             row = json.loads(line)
         except ValueError:

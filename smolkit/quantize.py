@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from smol_model import SmolConfig, SmolForCausalLM
 from smolkit.checkpoints import plain_card, require_checkpoint
@@ -252,16 +252,19 @@ def is_quantized(directory: str | Path) -> bool:
     return bool(config.get("quantization_config"))
 
 
-def load_quantized(directory: str | Path, dtype: torch.dtype, keep_int8: bool | None = None) -> SmolForCausalLM:
-    """A directory of this module (or of others, in the same two schemes) as our model, on the CPU.
+def load_quantized(
+    directory: str | Path, dtype: torch.dtype, keep_int8: bool | None = None, device: torch.device | None = None
+) -> SmolForCausalLM:
+    """A directory of this module (or of others, in the same two schemes) as our model, still on the CPU.
 
     `keep_int8`: int8 layers become `Int8Linear`; else they, like int4 ones always, are multiplied out to `dtype`.
-    None: whichever is faster on this CPU. `UserError` for other schemes.
+    None: whichever is faster on `device` (default: this CPU). `UserError` for other schemes.
     """
     directory = Path(directory)
     config = SmolConfig.from_pretrained(directory)
     method = _method_of(directory, config)
-    keep_int8 = Int8Product.pays(config) if keep_int8 is None else keep_int8
+    if keep_int8 is None:
+        keep_int8 = (device is None or device.type == "cpu") and Int8Product.pays(config)
     del config.quantization_config
     state = _read_tensors(directory)
     kept, plain = {}, {}
@@ -278,6 +281,8 @@ def load_quantized(directory: str | Path, dtype: torch.dtype, keep_int8: bool | 
         elif part == "bias":
             plain[name] = value
     model = SmolForCausalLM.from_pretrained(None, config=config, state_dict=plain, dtype=dtype)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     if method == "int8" and keep_int8:
         for name, (steps, scale) in kept.items():
             parent, _, child = name.rpartition(".")

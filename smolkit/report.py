@@ -19,7 +19,7 @@ from typing import Any
 
 from smolkit.errors import UserError, run
 from smolkit.evaluation.results import figure_names, shown, shown_interval
-from smolkit.files import atomic_writer, write_json
+from smolkit.files import atomic_writer, read_lines, write_json
 
 # Rows (by name) that real effort could not bring to their limit; they are printed as such and do not fail the
 # command. At present there is none.
@@ -68,7 +68,7 @@ def read_rows(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: U+2028 ends no row
+    lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))

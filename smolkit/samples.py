@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from smolkit.batch import generate_batch
 from smolkit.chat import chat_stop_ids, encode_text, render
 from smolkit.errors import UserError
+from smolkit.files import read_lines
 
 SHOWN = 100  # characters of an answer on the terminal
 
@@ -101,7 +102,7 @@ def read_prompts(items: Sequence[str], tokenizer: PreTrainedTokenizerFast, chat:
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a prompt may hold U+2028 and the like
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--sample_prompts {path}: {getattr(error, 'strerror', None) or error}") from None
     rows = []

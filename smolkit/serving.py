@@ -208,11 +208,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 def stop_ids_of(directory: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids that end an answer: the tokenizer's and those of generation_config.json."""
-    stops = chat_stop_ids(tokenizer)
-    if (directory / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
-        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return list(dict.fromkeys(stops))
+    if not (directory / "generation_config.json").is_file():
+        return chat_stop_ids(tokenizer)
+    return chat_stop_ids(tokenizer, GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id)
 
 
 def load_engine(
@@ -244,7 +242,7 @@ def load_engine(
     weights = compute_dtype(dtype, place)
     try:
         if is_quantized(directory):
-            model = load_quantized(directory, weights, None if place.type == "cpu" else False)
+            model = load_quantized(directory, weights, device=place)
         else:
             model = SmolForCausalLM.from_pretrained(
                 directory, dtype=weights, local_files_only=True, use_safetensors=True
@@ -351,7 +349,7 @@ class _Protocol(H11Protocol):
     uvicorn's own clock runs only from an answer to the next byte: others could keep all connections busy with one.
     """
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows the argument
         super().connection_made(transport)
         self.header_deadline = self.loop.call_later(HEADER_SECONDS, self._close_without_header)
 

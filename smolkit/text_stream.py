@@ -37,6 +37,7 @@ class Detokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] = ()) -> None:
         self._backend = tokenizer.backend_tokenizer  # called per token: the wrapper around it costs more than it
         self._skipped: frozenset[int] | None = None  # special tokens, which part no row of bytes
+        # The parts of a decoder can only be read in its serialised form, JSON.
         if (decoder := self._backend.decoder) is not None and b'"ByteFallback"' in decoder.__getstate__():
             added = self._backend.get_added_tokens_decoder()
             self._skipped = frozenset(i for i, token in added.items() if token.special)

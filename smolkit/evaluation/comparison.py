@@ -9,6 +9,7 @@ from typing import Any
 from smolkit.errors import UserError
 from smolkit.evaluation.results import ITEMS, METRICS, Value, figure_names, fraction, markdown_table, shown
 from smolkit.evaluation.statistics import mcnemar, paired_bootstrap
+from smolkit.files import read_lines
 
 SIGNIFICANT = 0.05
 FEWEST = 10  # items for a bootstrap test: with fewer it finds differences that are not there
@@ -29,8 +30,7 @@ def read_run(path: Path) -> Run:
     items: dict[str, dict[str, Value]] = {}
     try:
         metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-        # Not splitlines: a text may hold other line ends than ours, such as U+2028.
-        for line in filter(str.strip, (directory / ITEMS).read_text(encoding="utf-8").split("\n")):
+        for line in filter(str.strip, read_lines(directory / ITEMS)):
             row = json.loads(line)
             for name, value in row["values"].items():
                 items.setdefault(name, {})[row["id"]] = value

@@ -17,6 +17,7 @@ from smolkit.evaluation.records import Record, missing, read_records
 from smolkit.evaluation.results import RESERVED, Results
 from smolkit.evaluation.subjects import Prompt, Subject
 from smolkit.evaluation.texts import refuses
+from smolkit.files import read_lines
 
 
 def read_exam(path: Path, kinds: Sequence[str] | None = None, limit: int | None = None) -> list[dict]:
@@ -155,7 +156,7 @@ def as_given(answers: list[Answer]) -> list[Given]:
 def read_answers(path: Path) -> list[Given]:
     """The answers in an `answers.jsonl` of another run."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in read_lines(path) if line.strip()]
         return [(row["id"], row["output_ids"], row["text"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not an answers.jsonl of eval_model.py ({error})") from None

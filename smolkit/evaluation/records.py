@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smolkit.errors import UserError
+from smolkit.files import read_lines
 
 Record = dict[str, Any]
 
@@ -15,7 +16,7 @@ def read_records(path: Path, check: Callable[[Record], str | None], remedy: str)
     `remedy` for a file that cannot be read."""
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold U+2028 and the like
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}; {remedy}") from None
     for number, line in enumerate(lines, start=1):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
 from smolkit.batch import generate_batch
@@ -100,7 +100,7 @@ class LocalModel:
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.context: int | None = model.config.max_position_embeddings
-        self.stop_ids = stop_ids_of(model, tokenizer)
+        self.stop_ids = chat_stop_ids(tokenizer, model.generation_config.eos_token_id)
 
     def encoded(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt."""
@@ -176,9 +176,7 @@ def load_model(
     if implementation == "smol":
         config = load_config(path, tokenizer, tokenizer.name_or_path)
         if is_quantized(path):
-            model = load_quantized(path, dtype, None if torch.device(device).type == "cpu" else False)
-            if (path / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+            model = load_quantized(path, dtype, device=torch.device(device))
         else:
             model = build_model(config, path, dtype)
     else:
@@ -191,13 +189,6 @@ def load_model(
     if adapter is not None:
         model = merge_adapter(model, adapter)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers hides its signature
-
-
-def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids that end a reply, those of the servers: the tokenizer's and those of generation_config.json."""
-    eos = model.generation_config.eos_token_id
-    more = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return list(dict.fromkeys([*chat_stop_ids(tokenizer), *more]))
 
 
 # --- decoding -----------------------------------------------------------------------------------------------
@@ -217,7 +208,7 @@ def engine_generate(
     seed: int = 0,
 ) -> Generate:
     """Decoding by our engine."""
-    limit, stops = len(tokenizer), stop_ids_of(model, tokenizer)
+    limit, stops = len(tokenizer), chat_stop_ids(tokenizer, model.generation_config.eos_token_id)
 
     @torch.inference_mode()
     def generate(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -256,7 +247,7 @@ def transformers_generate(
 ) -> Generate:
     """Decoding by transformers' own `generate`, left-padded: an independent opinion on our engine."""
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
-    stops, pad = stop_ids_of(model, tokenizer), tokenizer.pad_token_id
+    stops, pad = chat_stop_ids(tokenizer, model.generation_config.eos_token_id), tokenizer.pad_token_id
     rows = model.get_output_embeddings().weight.shape[0]
     suppress = list(range(len(tokenizer), rows)) or None  # padding rows of the embedding are no tokens
 
