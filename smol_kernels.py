@@ -426,7 +426,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        # `grad` stays a float32 number: 1 / tokens rounded to bf16 first would be off by up to 0.4 %
+        scaled = (None if g is None else g * grad for g in ctx.saved_tensors)
         return *scaled, None, None
 
 

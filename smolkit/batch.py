@@ -7,7 +7,7 @@ Requests join and leave between decode steps (iteration-level scheduling: Orca, 
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from smolkit.decoder import Decoder
 from smolkit.sampling import FinishReason, GenerationRequest, Sampler, Scores, TokenEvent, logprobs_of
 
 PREFIX_SHARE = 1 / 8  # of the memory for keys and values
+SCORED_ROWS = 256  # of logits at a time: a long prompt times the vocabulary would not fit where the model does
 
 
 class SequenceState:
@@ -29,6 +30,8 @@ class SequenceState:
         self.prompt_length = len(self.tokens)
         self.row: Row | None = None
         self.length = 0  # columns filled
+        self.prompt_scores: list[Scores] | None = None  # as in `TokenEvent`
+        self.scoring: Iterator[list[Scores]] | None = None  # what is to be done before it may join
 
     @property
     def num_generated(self) -> int:
@@ -53,7 +56,8 @@ class ContinuousBatch:
     """Sequences decoded together. They wait for a place, join between steps, and leave at their end or by `remove`.
 
     Each `step` admits those that wait, in order of arrival, runs at most `max_num_batched_tokens` tokens of prompts,
-    and then decodes one token of every sequence whose prompt is complete: no long prompt stalls the others.
+    and then decodes one token of every sequence whose prompt is complete: no long prompt stalls the others. Prompts
+    whose own tokens are to be scored are, before they are admitted, in no larger parts.
 
     Memory: a sequence is admitted when there is room for what it has so far. When a running one needs more than the
     budget has, the one that came last gives up its row and waits again. Later it goes through the same steps, without
@@ -124,6 +128,8 @@ class ContinuousBatch:
 
     def add(self, sequence: SequenceState) -> None:
         """Let a sequence wait for its place."""
+        if sequence.request.prompt_logprobs is not None:
+            sequence.prompt_scores, sequence.scoring = [(None, ())], self._scores(sequence.request)
         self.waiting.append(sequence)
 
     @torch.inference_mode()  # the row that moves into its place is an inference tensor
@@ -139,19 +145,21 @@ class ContinuousBatch:
     @torch.inference_mode()
     def step(self) -> list[Result]:
         """One round for everybody: new tokens by sequence; finished ones have left the batch afterwards."""
+        failed = self._score()
         self._admit()
-        return self._prefill() + self._decode()
+        return failed + self._prefill() + self._decode()
 
     # --- places -------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+        for sequence in [sequence for sequence in self.waiting if sequence.scoring is None]:
+            if len(self.running) == self.max_num_seqs:
+                return
             row = self.cache.take(len(sequence.tokens), sequence)
             if row is None:
                 assert self.running, "the budget holds any one sequence"
                 return
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.row = row
             if self.prefix_reuse and self.chunk is not None:
@@ -173,6 +181,40 @@ class ContinuousBatch:
             self.preemptions += 1
 
     # --- steps --------------------------------------------------------------------------------------------------
+
+    def _score(self) -> list[Result]:
+        """Go on with the prompts to be scored, in order, for as many tokens times layers as `_prefill` runs a step."""
+        failed: list[Result] = []
+        left = self.max_num_batched_tokens * len(self.decoder.layers)
+        for sequence in [sequence for sequence in self.waiting if sequence.scoring is not None]:
+            while left > 0 and sequence.scoring is not None:
+                try:
+                    scores = next(sequence.scoring, None)
+                except torch.AcceleratorError:  # the device's, and so everybody's
+                    raise
+                except Exception as error:
+                    failed.append((sequence, error))
+                    self.remove(sequence)
+                    break
+                if scores is None:
+                    sequence.scoring = None
+                else:
+                    assert sequence.prompt_scores is not None
+                    sequence.prompt_scores += scores
+                    left -= sequence.prompt_length
+        return failed
+
+    def _scores(self, request: GenerationRequest) -> Iterator[list[Scores]]:
+        """What the tokens of a prompt after the first were worth, some at a time; nothing yet after each layer."""
+        prompt, count = list(request.prompt_ids), min(request.prompt_logprobs or 0, self.vocab_size)
+        for states in self.decoder.prompt_states(prompt, request.adapter):  # noqa: B007 (the last one counts)
+            yield []
+        following = torch.tensor(prompt[1:], device=states.device)
+        for rows, tokens in zip(states[:-1].split(SCORED_ROWS), following.split(SCORED_ROWS), strict=True):
+            log_probs = self.decoder.logits(rows).log_softmax(-1)[:, : self.vocab_size]  # (rows, V)
+            chosen, (values, ids) = log_probs.gather(1, tokens[:, None]).squeeze(1), log_probs.topk(count)
+            top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+            yield list(zip(chosen.tolist(), top, strict=True))
 
     def _prefill(self) -> list[Result]:
         """The next chunks of prompts."""
@@ -294,20 +336,8 @@ class ContinuousBatch:
         elif sequence.num_generated >= request.max_tokens:
             finish = "length"
         logprob, top = logprobs_of(logits, token, request.logprobs, self.vocab_size)
-        scores = self._prompt_scores(request) if sequence.num_generated == 1 else None
-        return TokenEvent(token, logprob, top, finish, scores)
-
-    def _prompt_scores(self, request: GenerationRequest) -> tuple[Scores, ...] | None:
-        """What the prompt's own tokens were worth, where the request asks for it; see `TokenEvent`."""
-        if request.prompt_logprobs is None:
-            return None
-        prompt = list(request.prompt_ids)
-        scores: list[Scores] = [(None, ())]
-        for logits in self.decoder.prompt_logits(prompt, request.adapter):
-            tokens = prompt[len(scores) :]
-            pairs, count = zip(logits, tokens, strict=False), request.prompt_logprobs
-            scores += [logprobs_of(row, token, count, self.vocab_size) for row, token in pairs]
-        return tuple(scores)
+        scores = sequence.prompt_scores if sequence.num_generated == 1 else None
+        return TokenEvent(token, logprob, top, finish, None if scores is None else tuple(scores))
 
 
 def generate_batch(

@@ -406,11 +406,8 @@ class Decoder:
         cos, sin = self.rotary(positions, self.dtype)
         return cos.flatten(0, 1), sin.flatten(0, 1)
 
-    def prompt_logits(self, prompt: list[int], adapter: str | None = None, rows: int = 256) -> Iterator[Tensor]:
-        """Logits after every token of a prompt, float32, in blocks of `rows` positions; the cache stays as it is.
-
-        (Blocks, because a long prompt times the vocabulary would not fit where the model does.)
-        """
+    def prompt_states(self, prompt: list[int], adapter: str | None = None) -> Iterator[Tensor]:
+        """What each layer in turn makes of a whole prompt, (T, D), the last for `logits`; the cache stays as it is."""
         T = len(prompt)
         rotation, users = self.rotation(torch.arange(T, device=self.device)[None]), self.users([adapter] * T)
         x = F.embedding(torch.tensor(prompt, device=self.device), self.embedding)  # (T, D)
@@ -419,8 +416,7 @@ class Decoder:
             query, key, value = heads.split((layer.H, layer.K, layer.K), dim=1)
             mixed = self.attend(query, key.contiguous(), value.contiguous(), layer.scaling)
             x = layer.rest(x, mixed.reshape(T, -1), users)
-        for start in range(0, T, rows):
-            yield self.logits(x[start : start + rows])
+            yield x
 
     def logits(self, x: Tensor) -> Tensor:
         """x (R, D), not normed yet -> (R, V) float32."""

@@ -89,6 +89,16 @@ def test_flops_are_those_a_counter_sees(options):
     assert flops_per_token(model.config, T) * T == seen
 
 
+def test_flops_of_a_mixture_by_hand():
+    """A token of a tiny MoE at length 1, worked out on paper: 2 forward and 4 backward per weight it meets."""
+    shape = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = SmolConfig(**SMALL | MOE | shape | {"head_dim": 12, "vocab_size": 100, "num_experts": 8})
+    attention = 48 * 48 + 2 * 48 * 24 + 48 * 48  # query, key and value, output
+    experts = 48 * 8 + 2 * 3 * 48 * 32  # the router, and gate, up and down of two experts of eight
+    scores = 2 * 48  # each head's query with one key, and one weight with its value
+    assert flops_per_token(config, 1) == 6 * (3 * (attention + experts + scores) + 48 * 100) == 327_744
+
+
 def test_unknown_preset_names_the_presets():
     with pytest.raises(ValueError, match="tiny-moe.*smollm2-135m"):
         preset_config("huge")
@@ -269,6 +279,20 @@ def test_loss_equals_cross_entropy_of_the_logits(elements, trained, monkeypatch)
     torch.testing.assert_close(ours, naive)
     expected = torch.autograd.grad(naive, (hidden, weight))
     torch.testing.assert_close(torch.autograd.grad(ours, (hidden, weight)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_the_loss_are_scaled_in_float32():
+    """1 / tokens is no power of two: rounded to bf16 first it makes every gradient too large (or small) by one factor,
+    here 66 instead of 65.75."""
+    hidden, weight = torch.randn(70, 64).bfloat16(), torch.randn(300, 64).bfloat16()
+    labels = torch.randint(300, (70,))
+    found = []
+    for scale in (1.0, 65.75):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        found.append(torch.autograd.grad(LinearCrossEntropy.apply(*leaves, labels, True) * scale, leaves))
+    for plain, scaled in zip(*found, strict=True):
+        factor = (scaled.float() * plain.float()).sum() / plain.float().square().sum()
+        torch.testing.assert_close(factor, torch.tensor(65.75), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 300], ids="{} rows".format)

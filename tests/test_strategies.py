@@ -7,9 +7,11 @@ transformers reads without our code to the same logits.
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,7 @@ import train_lora
 import train_pretrain
 import train_tokenizer
 from smolkit.checkpoints import build_model, load_tokenizer, new_config, save_final
+from smolkit.manifest import checkpoints, problem
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = Path("accelerate_offload")
@@ -214,11 +217,14 @@ def test_two_processes_equal_one(world, one_process, stage, strategy, tmp_path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "lora", "dpo", "lora-dpo", "moe"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_accumulation_and_checkpointing_change_nothing(world, one_process, strategy, tmp_path) -> None:
-    more = "--per_device_train_batch_size 1 --gradient_accumulation_steps 2 --gradient_checkpointing true".split()
-    run_with(world, "pretrain", strategy, tmp_path / "two", *more)
-    assert_equal_runs(tmp_path / "two", one_process("pretrain"))
+def test_accumulation_and_checkpointing_change_nothing(world, one_process, strategy, stage, tmp_path) -> None:
+    more = ["--gradient_checkpointing", "true"]
+    if stage != "moe":  # whose losses depend on the micro-batches: one row a process is the smallest there is
+        more += "--per_device_train_batch_size 1 --gradient_accumulation_steps 2".split()
+    run_with(world, stage, strategy, tmp_path / "two", *more)
+    assert_equal_runs(tmp_path / "two", one_process(stage))
 
 
 @pytest.mark.slow
@@ -267,10 +273,8 @@ def test_a_killed_run_continues(world, strategy, stage, more, tmp_path) -> None:
     for path in output.glob("*.safetensors"):
         path.unlink()
     assert "continued from" in run_with(world, stage, strategy, output, *more)
-    for name in ("step", "loss", "learning_rate", "grad_norm", "eval_loss"):
-        assert metrics(output)[name] == pytest.approx(metrics(before)[name], rel=1e-5), name
-    for name, value in weights(before).items():
-        torch.testing.assert_close(weights(output)[name], value, rtol=1e-4, atol=1e-6)
+    assert (output / "metrics.jsonl").read_bytes() == (before / "metrics.jsonl").read_bytes()
+    assert all(torch.equal(weights(output)[name], value) for name, value in weights(before).items())
 
 
 # --- two nodes ----------------------------------------------------------------------------------------------------
@@ -400,3 +404,57 @@ def test_the_command_lines_of_the_documents_run(world, name, tmp_path) -> None:
     text = launch(*line.split(), *small, cwd=tmp_path)
     assert (" 1 process\n" if line.startswith("python") else " 2 processes, ") in text
     assert next(tmp_path.rglob("training_complete.json"), None)
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+def logged(directory: Path) -> list[int]:
+    """Steps in metrics.jsonl so far; the last line may be half written."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def is_running(group: int) -> bool:
+    """Whether any process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3", "accelerate-zero3", "torchrun-fsdp2"])
+def test_a_signal_ends_a_run_that_the_same_command_continues(world, strategy, number, tmp_path) -> None:
+    """Through each launcher: the step is finished and saved, nobody is left behind, no step is lost or done twice."""
+    launcher, tail, _ = (STRATEGIES | OTHERS)[strategy]
+    port = ("--main_process_port" if launcher[0] == "accelerate" else "--master_port", free_port())
+    words = arguments(world, "pretrain", tmp_path, 2, "--max_steps", 40, "--save_steps", 1000)
+    command = [str(word) for word in (*launcher, *port, "train_pretrain.py", *words, *tail)]
+    environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "printed").open("w") as printed:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while len(logged(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if number == signal.SIGINT or launcher is DEEPSPEED:  # which passes no SIGTERM on
+            os.killpg(process.pid, number)  # a terminal sends Ctrl-C to all processes of the group, too
+        else:
+            process.send_signal(number)
+        process.wait(timeout=60)
+    while is_running(process.pid) and time.monotonic() < deadline + 60:  # `deepspeed` ends before what it started
+        time.sleep(0.05)
+    text = (tmp_path / "printed").read_text()
+    assert process.returncode != 0 and not is_running(process.pid), text
+    found = checkpoints(tmp_path)
+    assert len(found) == 1 and problem(found[0]) is None, text
+    stopped = int(found[0].name.partition("-")[2])
+    assert 3 <= stopped < 40 and logged(tmp_path) == list(range(1, stopped + 1)), text
+    assert f"continued from {found[0]}" in launch(*command)
+    assert logged(tmp_path)[:40] == list(range(1, 41))
+    assert (tmp_path / "training_complete.json").is_file()

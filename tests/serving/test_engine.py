@@ -121,7 +121,8 @@ def test_an_adapter_beside_the_weights_answers_as_if_merged(parts: list[str]) ->
         assert answer == output[0, ids.shape[1] :].tolist()
     assert answers[0] != answers[1] or answers[2] != answers[3]
     with torch.inference_mode():
-        (logits,) = batch.decoder.prompt_logits(prompts[0], "a")
+        *_, states = batch.decoder.prompt_states(prompts[0], "a")
+        logits = batch.decoder.logits(states)
         torch.testing.assert_close(logits, merged(torch.tensor(prompts[:1])).logits[0], atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="lm_head can only be adapted by merging"):
         batch.decoder.adapt("b", {"lm_head": (torch.zeros(1, 32), torch.zeros(VOCABULARY, 1))})
@@ -154,7 +155,9 @@ def test_scores_of_a_long_prompt_are_the_models_own(kind: str) -> None:
     sequences = [batch.start(GenerationRequest(p, 2, 0.0, prompt_logprobs=1)) for p in (prompt, prompt[:1])]
     for sequence in sequences:
         batch.add(sequence)
-    first = {sequence: event for sequence, event in batch.step() + batch.step() if event.prompt_logprobs}
+    first = {}
+    while len(batch):
+        first |= {sequence: event for sequence, event in batch.step() if event.prompt_logprobs}
     assert first[sequences[1]].prompt_logprobs == ((None, ()),)
     scores = first[sequences[0]].prompt_logprobs
     with torch.inference_mode():
@@ -163,6 +166,30 @@ def test_scores_of_a_long_prompt_are_the_models_own(kind: str) -> None:
     for row, token, (score, top) in zip(expected, prompt[1:], scores[1:], strict=False):
         assert score == pytest.approx(float(row[token]), abs=1e-4)
         assert [v for _, v in top] == pytest.approx([float(row.max())], abs=1e-4)
+
+
+def test_scoring_a_long_prompt_holds_nobody_up() -> None:
+    """It is done a part at a time, beside those that run; one that leaves meanwhile takes nothing with it."""
+    model, (prompt, other) = long_model("dense", torch.float32), long_prompts(2, 600, 601)
+    alone = ContinuousBatch(model)
+    scored = GenerationRequest(prompt, 1, 0.0, prompt_logprobs=2)
+    alone.add(alone.start(scored))
+    expected = None
+    while len(alone):
+        expected = next((event for _, event in alone.step()), expected)
+
+    batch = ContinuousBatch(model, chunk=64, max_num_batched_tokens=64)
+    running = batch.start(GenerationRequest(other[:8], 100, 0.0))
+    sequence, gone = batch.start(scored), batch.start(scored)
+    batch.add(running), batch.add(gone), batch.add(sequence)
+    rounds = [batch.step() for _ in range(2)]
+    batch.remove(gone)
+    while len(batch) == 2:
+        rounds.append(batch.step())
+    assert all(running in dict(results) for results in rounds), "a round without a token for the one that runs"
+    assert len(rounds) > 600 // 64 + 5, "ten for the prompt itself, and each layer and block of logits took one"
+    (found,) = (event for results in rounds for each, event in results if each is sequence)
+    assert found.prompt_logprobs == expected.prompt_logprobs
 
 
 # --- sampling
