@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+import yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from smolkit.adapters import write_merged
@@ -105,8 +106,33 @@ def final_files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in found)
 
 
-def push_to_hub(directory: Path, repo: str, private: bool, files: Sequence[str] = ()) -> str:
-    """Upload a final directory, or only `files` of it, to a model repository; returns its address.
+def gguf_card(source: Path, file: Path) -> str:
+    """The card of a repository with a GGUF file and its Modelfile: their use, and what the card of `source` says."""
+    card = source / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    head, _, body = text.removeprefix("---\n").partition("\n---\n") if text.startswith("---\n") else ("", "", text)
+    head = yaml.safe_dump({**(yaml.safe_load(head) or {}), "library_name": "gguf"}, sort_keys=False, allow_unicode=True)
+    # Not its title, its own use, and pictures, which lie beside it.
+    sections = [part for part in body.split("\n## ")[1:] if not part.startswith("Use\n")]
+    about = "".join("\n## " + part for part in sections)
+    about = "\n".join(line for line in about.splitlines() if not line.startswith("!["))
+    return f"""---
+{head}---
+
+# {file.stem}
+
+A GGUF file of {source.resolve().name}, for llama.cpp and what is built on it:
+
+```bash
+llama-cli -m {file.name}
+ollama create NAME -f {modelfile_of(file).name}
+```
+{about}
+"""
+
+
+def push_to_hub(directory: Path, repo: str, private: bool, files: Sequence[str] = (), card: str | None = None) -> str:
+    """Upload a final directory, or only `files` of it with another `card`, to a model repository; returns its address.
 
     `UserError` without a token, for a name the hub refuses, and when the hub does not answer.
     """
@@ -120,12 +146,11 @@ def push_to_hub(directory: Path, repo: str, private: bool, files: Sequence[str] 
     api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=address.repo_id,
-            folder_path=directory,
-            allow_patterns=files,
-            commit_message="Upload model",
-        )
+        parts: dict[str, Path | bytes] = {name: directory / name for name in files}
+        if card is not None:
+            parts["README.md"] = card.encode()
+        operations = [huggingface_hub.CommitOperationAdd(name, part) for name, part in parts.items()]
+        api.create_commit(address.repo_id, operations, commit_message="Upload model")
     except (HTTPError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"--push_to_hub {repo}: {' '.join(str(error).split())}") from error
-    return f"{address} ({len(files)} files)"
+    return f"{address} ({len(parts)} files)"

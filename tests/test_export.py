@@ -16,6 +16,7 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -338,8 +339,23 @@ def test_what_was_written_is_what_is_uploaded(hub, world, tmp_path):
     (tmp_path / "other.gguf").write_text("not part of the model")
     arguments = ["--format", "gguf", "--output", f"{tmp_path}/m.gguf", "--push_to_hub", "me/model-gguf"]
     export.main(["--model_path", f"{world}/llama", *arguments])
-    assert sorted(hub.files) == ["Modelfile", "m.gguf"]
+    assert sorted(hub.files) == ["Modelfile", "README.md", "m.gguf"]
     assert hub.files["m.gguf"] == (tmp_path / "m.gguf").read_bytes()
+    assert "llama-cli -m m.gguf" in hub.files["README.md"].decode()
+    assert (tmp_path / "README.md").read_text() == "not part of the model"
+
+
+def test_the_card_of_a_gguf_file_is_that_of_the_checkpoint_in_other_words(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlibrary_name: transformers\nlicense: apache-2.0\ntags:\n- qwen3\n---\n\n# dpo\n\nqwen3, 3M.\n\n## Use\n\n"
+        "AutoModel\n\n## Training\n\n| steps | 50 |\n\n![curves](curves.png)\n\n## Limits\n\n- small\n"
+    )
+    card = export.gguf_card(tmp_path, Path("out/m.gguf"))
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head == {"library_name": "gguf", "license": "apache-2.0", "tags": ["qwen3"]}
+    assert "# m\n" in card and f"GGUF file of {tmp_path.name}" in card and "ollama create NAME -f Modelfile" in card
+    assert "## Training\n\n| steps | 50 |" in card and card.endswith("## Limits\n\n- small\n")
+    assert "AutoModel" not in card and "curves.png" not in card
 
 
 @pytest.mark.parametrize(
