@@ -21,7 +21,7 @@ import torch
 
 from smolkit.errors import UserError, run
 from smolkit.openai_api import create_app
-from smolkit.quantize import cached
+from smolkit.quantize import cached, check_vllm_kernels
 from smolkit.serving import (
     add_server_arguments,
     app_options,
@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     directory, adapter = split_adapter(path, None)
     name = args.served_model_name or model_name_of(path)
     loras = parse_loras(args.lora, name)
+    method = args.quantization if args.quantization in ("int8", "int4") else None
+    check_vllm_kernels(directory, method)
     try:
         from smolkit.vllm_engine import VllmEngine, engine_args, lora_flags
     except ImportError as error:
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = app_options(args)
     sock = listen(args.host, args.port)
     tokenizer = load_tokenizer(directory)
-    weights = cached(directory, args.quantization) if args.quantization in ("int8", "int4") else directory
+    weights = cached(directory, method) if method else directory
     # vLLM takes a minute to start its processes: until `serve` takes over, SIGTERM has to end them, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     engine = VllmEngine(

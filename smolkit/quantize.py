@@ -246,10 +246,32 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / size).round_().clamp_(-128, 127).to(torch.int8), size
 
 
-def is_quantized(directory: str | Path) -> bool:
-    """Whether a checkpoint directory says so in its config.json."""
+def quantization_of(directory: str | Path) -> Any:
+    """What a checkpoint directory says in its config.json about how it is quantised; None when it is not."""
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("quantization_config"))
+    return config.get("quantization_config") or None
+
+
+def check_vllm_kernels(directory: str | Path, method: str | None) -> None:
+    """`UserError` where vLLM's build for CPUs cannot multiply with int8 or int4 weights, or does it wrongly.
+
+    `method`: what `directory` will be rounded to; None: what it holds already, if it is one of the two.
+    Measured in vLLM 0.32 against exact sums: without VNNI, products of int8 are added in 16 bits and overflow, 13 % off
+    for normally distributed inputs, 26 % for large ones; its build for AVX2 has no int4 product at all.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    if torch.cuda.is_available() or capabilities.get("architecture") != "x86_64":
+        return
+    if method is None and (scheme := quantization_of(directory)):
+        try:
+            method = _method_of(Path(directory), scheme)
+        except UserError:  # a scheme that vLLM may know
+            return
+    instead = "serve with serve_hf.py, or weights that are not quantised"
+    if method == "int8" and not (capabilities.get("avx512_vnni") or capabilities.get("avx_vnni")):
+        raise UserError(f"int8: this CPU has no VNNI, without which vLLM's int8 products overflow; {instead}")
+    if method == "int4" and not capabilities.get("avx512_f"):
+        raise UserError(f"int4: vLLM's int4 products need AVX-512, which this CPU does not have; {instead}")
 
 
 def load_quantized(
@@ -262,7 +284,7 @@ def load_quantized(
     """
     directory = Path(directory)
     config = SmolConfig.from_pretrained(directory)
-    method = _method_of(directory, config)
+    method = _method_of(directory, config.quantization_config)
     if keep_int8 is None:
         keep_int8 = (device is None or device.type == "cpu") and Int8Product.pays(config)
     del config.quantization_config
@@ -291,10 +313,9 @@ def load_quantized(
     return model
 
 
-def _method_of(directory: Path, config: SmolConfig) -> str:
+def _method_of(directory: Path, raw: Any) -> str:
     from compressed_tensors.quantization import QuantizationConfig
 
-    raw = config.quantization_config
     if isinstance(raw, dict) and raw.get("quant_method") == "compressed-tensors":
         groups = QuantizationConfig.model_validate(raw).config_groups.values()
         for method, (bits, inputs) in {"int8": (8, True), "int4": (4, False)}.items():

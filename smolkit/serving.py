@@ -33,7 +33,7 @@ from smolkit.engine import TorchEngine
 from smolkit.errors import UserError
 from smolkit.http_guard import Limits, log_access_to
 from smolkit.openai_api import TEMPLATE_KWARGS
-from smolkit.quantize import cached, is_quantized, load_quantized
+from smolkit.quantize import cached, load_quantized, quantization_of
 from smolkit.runtime import chosen_device, compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -234,14 +234,14 @@ def load_engine(
     quantised itself. `device`: as torch names it, the accelerator by default. `kv_cache_gib`: memory for keys and
     values, by default see `default_budget`. `options` are those of `TorchEngine`.
     """
-    if adapter is not None and (quantization or is_quantized(directory)):
+    if adapter is not None and (quantization or quantization_of(directory)):
         raise UserError("--adapter is merged into the weights and cannot be merged into quantised ones; use --lora")
     if quantization is not None:
         directory = cached(directory, quantization)
     place = chosen_device(device)
     weights = compute_dtype(dtype, place)
     try:
-        if is_quantized(directory):
+        if quantization_of(directory):
             model = load_quantized(directory, weights, device=place)
         else:
             model = SmolForCausalLM.from_pretrained(

@@ -32,13 +32,15 @@ from smolkit.engine import EngineError
 from smolkit.errors import UserError
 from smolkit.sampling import GenerationRequest, Scores, TokenEvent
 
+SPARE = 20  # alternatives asked for beyond those wanted, in the place of padded rows, which are no tokens
+
 
 def engine_args(arguments: Sequence[str]) -> AsyncEngineArgs:
     """vLLM's engine arguments from its own flags; underscores and dashes are the same to its parser."""
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="serve_vllm.py (vLLM's engine arguments)"))
     # Grammars are llguidance's, see smolkit.grammar. By itself vLLM would also read pickled weights.
     guidance = StructuredOutputsConfig(backend="guidance")
-    parser.set_defaults(structured_outputs_config=guidance, load_format="safetensors")
+    parser.set_defaults(structured_outputs_config=guidance, load_format="safetensors", max_logprobs=20 + SPARE)
     if current_platform.is_cpu():
         parser.set_defaults(worker_cls="smolkit.vllm_cpu.Worker", gpu_memory_utilization=None)
     return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
@@ -109,6 +111,7 @@ class VllmEngine:
         self._vocab_limit = vocab_limit
         rows = self._llm.model_config.get_vocab_size()
         self._allowed = list(range(vocab_limit)) if vocab_limit < rows else None
+        self._spare, self._most = min(rows - vocab_limit, SPARE), self._llm.model_config.max_logprobs
 
     @property
     def model_name(self) -> str:
@@ -141,6 +144,12 @@ class VllmEngine:
                 signal.raise_signal(signal.SIGTERM)
             raise EngineError("generation failed") from error
 
+    def _asked(self, count: int | None) -> int | None:
+        """How many of the most likely rows hold `count` tokens, as far as vLLM gives so many (-1: it has no limit)."""
+        if not count or not self._spare:
+            return count
+        return count + self._spare if self._most < 0 else max(count, min(count + self._spare, self._most))
+
     def _sampling_params(self, request: GenerationRequest) -> SamplingParams:
         grammar = request.grammar and StructuredOutputsParams(grammar=request.grammar.text)
         return SamplingParams(
@@ -155,8 +164,8 @@ class VllmEngine:
             logit_bias=dict(request.logit_bias) or None,
             stop_token_ids=list(request.stop_ids),
             seed=None if request.seed is None else request.seed % 2**63,  # to vLLM -1 is none
-            logprobs=request.logprobs,
-            prompt_logprobs=request.prompt_logprobs,
+            logprobs=self._asked(request.logprobs),
+            prompt_logprobs=self._asked(request.prompt_logprobs),
             min_tokens=request.min_tokens,
             ignore_eos=not request.stop_ids,  # or vLLM adds the end of text that the model's files name
             structured_outputs=grammar,
@@ -190,12 +199,12 @@ def _events(result: RequestOutput, request: GenerationRequest, vocab_limit: int)
 
 
 def _scores(entries: dict[int, Logprob] | None, token_id: int, count: int, vocab_limit: int) -> Scores:
-    """vLLM gives the chosen token beside the `count` most likely ones, and nothing for the first of a prompt.
+    """vLLM gives the chosen token beside the most likely rows, and nothing for the first token of a prompt.
 
-    Among them may be padded rows, which are no tokens: of those there are fewer then.
+    Rows from `vocab_limit` on are padding. Where many of them are likely, fewer than `count` tokens may be left.
     """
     if not entries:
         return None, ()
-    best = sorted(entries.items(), key=lambda item: item[1].rank)[:count]
-    best = [(i, entry) for i, entry in best if i < vocab_limit]
+    best = sorted(entries.items(), key=lambda item: item[1].rank)
+    best = [(i, entry) for i, entry in best[: max(count, len(best) - 1)] if i < vocab_limit][:count]
     return entries[token_id].logprob, tuple((i, entry.logprob) for i, entry in best)

@@ -19,7 +19,7 @@ from smolkit.batch import generate_batch
 from smolkit.chat import chat_stop_ids, encode_text, render
 from smolkit.checkpoints import build_model, load_config, merge_adapter, require_checkpoint
 from smolkit.errors import UserError
-from smolkit.quantize import is_quantized, load_quantized
+from smolkit.quantize import load_quantized, quantization_of
 
 BATCH_SIZE = 128  # sequences decoded together
 LOGITS_PER_BATCH = 2**25  # 128 MiB of float32 logits at a time, whatever the vocabulary
@@ -171,11 +171,11 @@ def load_model(
     or int4 directory "smol" is what serve_hf.py computes with.
     Raises UserError when a directory is not what it should be or the tokenizer does not fit the model."""
     model: PreTrainedModel
-    if is_quantized(require_checkpoint(path)) and adapter is not None:
+    if quantization_of(require_checkpoint(path)) and adapter is not None:
         raise UserError(f"--adapter {adapter}: cannot be merged into the quantised weights of {path}; give its source")
     if implementation == "smol":
         config = load_config(path, tokenizer, tokenizer.name_or_path)
-        if is_quantized(path):
+        if quantization_of(path):
             model = load_quantized(path, dtype, device=torch.device(device))
         else:
             model = build_model(config, path, dtype)

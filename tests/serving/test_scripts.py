@@ -29,6 +29,7 @@ from smolkit.chat import encode_text, render, save_tokenizer
 from smolkit.engine import EngineError
 from smolkit.errors import UserError
 from smolkit.openai_api import create_app
+from smolkit.quantize import check_vllm_kernels, quantize
 from smolkit.sampling import GenerationRequest
 from smolkit.serving import load_engine, load_tokenizer, newest_checkpoint, parse_loras, serving, split_adapter
 
@@ -311,7 +312,7 @@ def test_what_vllm_is_asked_and_says(root: Path, monkeypatch: pytest.MonkeyPatch
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     engine = object.__new__(module.VllmEngine)
-    engine._vocab_limit, engine._allowed = 10, None
+    engine._vocab_limit, engine._allowed, engine._spare, engine._most = 10, None, 3, 40
 
     def asked(**fields: Any) -> dict[str, Any]:
         engine._sampling_params(GenerationRequest([1], 4, **fields))
@@ -321,6 +322,11 @@ def test_what_vllm_is_asked_and_says(root: Path, monkeypatch: pytest.MonkeyPatch
     seeds = [asked(seed=seed)["seed"] for seed in (-1, 0, 7, 2**63 - 1, -(2**63))]
     assert seeds == [2**63 - 1, 0, 7, 2**63 - 1, 0] and asked()["seed"] is None
     assert [asked(top_k=top)["top_k"] for top in (0, 3, 2**70)] == [0, 3, 10]
+    # As many more alternatives as there may be padded rows among them, where vLLM gives so many.
+    assert [asked(logprobs=n, prompt_logprobs=n)["logprobs"] for n in (None, 0, 5, 39, 41)] == [None, 0, 8, 40, 41]
+    assert asked(prompt_logprobs=5)["prompt_logprobs"] == 8
+    engine._most = -1  # no limit
+    assert asked(logprobs=39)["logprobs"] == 42
 
     def entry(rank: int) -> MagicMock:
         return MagicMock(rank=rank, logprob=-float(rank))
@@ -330,6 +336,9 @@ def test_what_vllm_is_asked_and_says(root: Path, monkeypatch: pytest.MonkeyPatch
     output = MagicMock(token_ids=[9], finish_reason="length", logprobs=[scored])
     (event,) = module._events(MagicMock(outputs=[output]), request, 10)
     assert (event.logprob, event.top_logprobs, event.finish_reason) == (-40.0, ((3, -1.0), (4, -3.0)), "length")
+    output.logprobs = [scored | {5: entry(4), 6: entry(5)}]  # five were asked for
+    (event,) = module._events(MagicMock(outputs=[output]), request, 10)
+    assert event.top_logprobs == ((3, -1.0), (4, -3.0), (5, -4.0))
     aborted = MagicMock(token_ids=[], finish_reason="abort", logprobs=None)
     with pytest.raises(EngineError, match="ended early: abort"):
         module._events(MagicMock(outputs=[aborted]), request, 10)
@@ -357,6 +366,10 @@ def test_serve_vllm_arguments(checkpoint: Path, adapter: Path, monkeypatch: pyte
         serve_vllm.parse(["--quantization", "fp8"])
     with pytest.raises(UserError, match="in 16 bits only"):
         serve_vllm.parse(["--quantization", "int8", "--dtype", "float32"])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True})
+    for method, reason in (("int8", "no VNNI"), ("int4", "AVX-512")):
+        with pytest.raises(UserError, match=f"{method}.*{reason}.*serve_hf.py"):
+            serve_vllm.main(["--model_path", str(checkpoint), "--quantization", method])
     for lora, message in (("x", "must be name=directory"), (f"x={checkpoint}", "not a PEFT adapter")):
         with pytest.raises(UserError, match=message):
             serve_vllm.main(["--model_path", str(checkpoint), "--lora", lora])
@@ -366,6 +379,30 @@ def test_serve_vllm_arguments(checkpoint: Path, adapter: Path, monkeypatch: pyte
         for directory in (checkpoint, adapter):
             with pytest.raises(UserError, match="requirements-vllm"):
                 serve_vllm.main(["--model_path", str(directory), "--port", "0"])
+
+
+def test_where_vllm_has_no_kernel_for_what_a_directory_holds(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that is quantised already is refused like the flag; other processors, GPUs and schemes are not."""
+    quantize(checkpoint, tmp_path / "int8", "int8")
+    known = {"architecture": "x86_64", "avx2": True, "avx512_f": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    with pytest.raises(UserError, match="int8: this CPU has no VNNI"):
+        check_vllm_kernels(tmp_path / "int8", None)
+    check_vllm_kernels(checkpoint, None)
+    check_vllm_kernels(checkpoint, "int4")
+    for more in ({"avx512_vnni": True}, {"avx_vnni": True}, {"architecture": "aarch64"}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda more=more: known | more)
+        check_vllm_kernels(tmp_path / "int8", None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_vllm_kernels(tmp_path / "int8", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (tmp_path / "int8" / "config.json").write_text(json.dumps(config))
+    check_vllm_kernels(tmp_path / "int8", None)
 
 
 def test_newest_checkpoint(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
@@ -429,6 +466,14 @@ def test_chat_errors(tmp_path: Path, scripted: tuple[ScriptedEngine, openai.Open
         chat.main(["--model_path", str(tmp_path / "nothing"), "--prompt", "hi"])
 
 
+def needs_kernel(method: str) -> None:
+    """Skip where serve_vllm.py refuses `method` for the sake of the processor."""
+    try:
+        check_vllm_kernels(Path(), method)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
 def documented_commands(root: Path, title: str) -> list[list[str]]:
     """The shell lines of a section of the README, as words."""
     section = (root / "README.md").read_text(encoding="utf-8").split(f"### {title}\n")[1].split("\n### ")[0]
@@ -451,6 +496,7 @@ def test_documented_commands(
 
     if script == "serve_vllm.py":
         request.getfixturevalue("vllm_python")
+        needs_kernel("int4")
     monkeypatch.setenv("SMOLLM_CACHE", str(tmp_path / "cache"))
     base = SmolForCausalLM.from_pretrained(quantisable)
     wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
@@ -499,6 +545,7 @@ def test_vllm_serves_quantised_directories(
     vLLM's quantised kernels compute in bf16 only: its log-probabilities scatter around those. Ours multiplies int8
     weights of small layers out and leaves activations as they are; transformers and vLLM round these, too.
     """
+    needs_kernel(method)
     monkeypatch.setenv("SMOLLM_CACHE", str(tmp_path))
     sides = {"serve_vllm.py": ["--enforce_eager"], "serve_hf.py": ["--dtype", "fp32"]}
     prompts = TEXT[:3]
