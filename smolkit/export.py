@@ -115,7 +115,7 @@ def gguf_card(source: Path, file: Path) -> str:
     # Not its title, its own use, and pictures, which lie beside it.
     sections = [part for part in body.split("\n## ")[1:] if not part.startswith("Use\n")]
     about = "".join("\n## " + part for part in sections)
-    about = "\n".join(line for line in about.splitlines() if not line.startswith("!["))
+    about = "\n".join(line for line in about.splitlines() if not line.startswith("![")).replace("\n\n\n", "\n\n")
     return f"""---
 {head}---
 

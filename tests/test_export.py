@@ -354,7 +354,7 @@ def test_the_card_of_a_gguf_file_is_that_of_the_checkpoint_in_other_words(tmp_pa
     head = yaml.safe_load(card.split("---\n")[1])
     assert head == {"library_name": "gguf", "license": "apache-2.0", "tags": ["qwen3"]}
     assert "# m\n" in card and f"GGUF file of {tmp_path.name}" in card and "ollama create NAME -f Modelfile" in card
-    assert "## Training\n\n| steps | 50 |" in card and card.endswith("## Limits\n\n- small\n")
+    assert "## Training\n\n| steps | 50 |\n\n## Limits" in card and card.endswith("## Limits\n\n- small\n")
     assert "AutoModel" not in card and "curves.png" not in card
 
 

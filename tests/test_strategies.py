@@ -165,9 +165,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_with(world: Path, stage: str, strategy: str, output: Path, *more: object) -> str:
-    """The same global batch on two processes under a strategy; returns what was printed."""
-    launcher, tail, report = (STRATEGIES | OTHERS)[strategy]
+def run_with(world: Path, stage: str, strategy: str | tuple, output: Path, *more: object) -> str:
+    """The same global batch on two processes under a strategy (or its three parts); returns what was printed."""
+    launcher, tail, report = (STRATEGIES | OTHERS)[strategy] if isinstance(strategy, str) else strategy
     batch_size = 1 if stage == "moe" else 2
     port = ("--main_process_port" if launcher[0] == "accelerate" else "--master_port", free_port())
     words = arguments(world, stage, output, batch_size, *more)
@@ -211,6 +211,26 @@ def assert_equal_runs(two: Path, one: Path, rel: float = 1e-4) -> None:
 def test_two_processes_equal_one(world, one_process, stage, strategy, tmp_path) -> None:
     run_with(world, stage, strategy, tmp_path / "two")
     assert_equal_runs(tmp_path / "two", one_process(stage))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "lora", "dpo", "moe"])
+def test_offload_to_a_disk_equals_one_process(world, one_process, stage, tmp_path) -> None:
+    """With DeepSpeed's asynchronous input and output, which it compiles at the first use: some minutes."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("needs libaio's headers (package libaio-dev)")
+    AsyncIOBuilder().load(verbose=False)  # here, where nobody's time runs out
+    (tmp_path / "disk").mkdir()
+    content = json.loads((ROOT / CONFIGS / "ds_zero3_nvme.json").read_text())
+    for part in ("offload_optimizer", "offload_param"):
+        content["zero_optimization"][part]["nvme_path"] = str(tmp_path / "disk")
+    (tmp_path / "nvme.json").write_text(json.dumps(content))
+    tail = ("--deepspeed", tmp_path / "nvme.json")
+    run_with(world, stage, (DEEPSPEED, tail, "DeepSpeed ZeRO-3, optimizer on nvme, weights on nvme"), tmp_path / "two")
+    assert_equal_runs(tmp_path / "two", one_process(stage))
+    assert any((tmp_path / "disk").rglob("*.swp")), "nothing was on the disk"
 
 
 # --- what goes with every strategy --------------------------------------------------------------------------------
