@@ -206,6 +206,11 @@ def check_disk_offload(args: RunArguments) -> None:
     for path in paths:
         if not path or not os.access(path, os.W_OK):
             raise UserError(f"the DeepSpeed file's nvme_path {path} is no writable directory; name one on a local disk")
+    if parts[1].get("device") == "nvme" and not (args.bf16 or args.fp16):
+        raise UserError(
+            "DeepSpeed keeps weights on a disk in 16 bits, also those of a run in fp32: add --bf16 true, or set the "
+            "device of offload_param to cpu"
+        )
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

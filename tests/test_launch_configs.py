@@ -121,12 +121,15 @@ def test_the_readme_names_every_file() -> None:
 def test_offload_to_a_disk_is_refused_where_it_cannot_work(tmp_path, monkeypatch) -> None:
     content = json.loads((CONFIGS / "ds_zero3_nvme.json").read_text())
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=content))
-    args = SimpleNamespace(deepspeed_plugin=plugin)
+    args = SimpleNamespace(deepspeed_plugin=plugin, bf16=False, fp16=False)
     for part in ("offload_optimizer", "offload_param"):
         content["zero_optimization"][part]["nvme_path"] = str(tmp_path / "absent")
     with pytest.raises(UserError, match="nvme_path .*absent is no writable directory"):
         runs.check_disk_offload(args)
     (tmp_path / "absent").mkdir()
+    with pytest.raises(UserError, match="in 16 bits, also those of a run in fp32: add --bf16 true"):
+        runs.check_disk_offload(args)
+    args.bf16 = True
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self, verbose: False)
     with pytest.raises(UserError, match="libaio-dev"):
         runs.check_disk_offload(args)
