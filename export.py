@@ -17,9 +17,9 @@ from pathlib import Path
 
 from smolkit.adapters import named_base
 from smolkit.errors import UserError, run
-from smolkit.export import export_compressed, export_gguf, export_native, gguf_card, modelfile_of, push_to_hub
+from smolkit.export import export_compressed, export_gguf, export_native, modelfile_of, push_to_hub
 from smolkit.gguf_file import TYPES
-from smolkit.model_card import write_card
+from smolkit.model_card import gguf_card, write_card
 
 NATIVE_TYPES = ("f32", "f16", "bf16")
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         # Of the folder of a GGUF file only what was written: it may hold anything else.
         files = (output.name, modelfile_of(output).name) if args.format == "gguf" else ()
         directory = output.parent if files else output or source
-        card = gguf_card(args.adapter or source, output) if files else None
+        card = gguf_card(args.adapter or source, *files) if files else None
         print(f"→ {push_to_hub(directory, args.push_to_hub, args.private, files, card)}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smolkit.cache import Cache, Row
 from smolkit.decoder import Decoder
-from smolkit.sampling import FinishReason, GenerationRequest, Sampler, Scores, TokenEvent, logprobs_of
+from smolkit.sampling import FinishReason, GenerationRequest, Sampler, Scores, TokenEvent, logprobs_of, scores_of
 
 PREFIX_SHARE = 1 / 8  # of the memory for keys and values
 SCORED_ROWS = 256  # of logits at a time: a long prompt times the vocabulary would not fit where the model does
@@ -206,15 +206,13 @@ class ContinuousBatch:
 
     def _scores(self, request: GenerationRequest) -> Iterator[list[Scores]]:
         """What the tokens of a prompt after the first were worth, some at a time; nothing yet after each layer."""
-        prompt, count = list(request.prompt_ids), min(request.prompt_logprobs or 0, self.vocab_size)
-        for states in self.decoder.prompt_states(prompt, request.adapter):  # noqa: B007 (the last one counts)
+        prompt = list(request.prompt_ids)
+        for after_layer in self.decoder.prompt_states(prompt, request.adapter):
+            states = after_layer
             yield []
         following = torch.tensor(prompt[1:], device=states.device)
         for rows, tokens in zip(states[:-1].split(SCORED_ROWS), following.split(SCORED_ROWS), strict=True):
-            log_probs = self.decoder.logits(rows).log_softmax(-1)[:, : self.vocab_size]  # (rows, V)
-            chosen, (values, ids) = log_probs.gather(1, tokens[:, None]).squeeze(1), log_probs.topk(count)
-            top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-            yield list(zip(chosen.tolist(), top, strict=True))
+            yield scores_of(self.decoder.logits(rows), tokens, request.prompt_logprobs or 0, self.vocab_size)
 
     def _prefill(self) -> list[Result]:
         """The next chunks of prompts."""

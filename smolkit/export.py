@@ -8,7 +8,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-import yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from smolkit.adapters import write_merged
@@ -104,31 +103,6 @@ def final_files(directory: Path) -> list[str]:
     """The files of a final directory that others need, by name; never those of checkpoints."""
     found = {path for pattern in FINAL_FILES for path in directory.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(directory).as_posix() for path in found)
-
-
-def gguf_card(source: Path, file: Path) -> str:
-    """The card of a repository with a GGUF file and its Modelfile: their use, and what the card of `source` says."""
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    head, _, body = text.removeprefix("---\n").partition("\n---\n") if text.startswith("---\n") else ("", "", text)
-    head = yaml.safe_dump({**(yaml.safe_load(head) or {}), "library_name": "gguf"}, sort_keys=False, allow_unicode=True)
-    # Not its title, its own use, and pictures, which lie beside it.
-    sections = [part for part in body.split("\n## ")[1:] if not part.startswith("Use\n")]
-    about = "".join("\n## " + part for part in sections)
-    about = "\n".join(line for line in about.splitlines() if not line.startswith("![")).replace("\n\n\n", "\n\n")
-    return f"""---
-{head}---
-
-# {file.stem}
-
-A GGUF file of {source.resolve().name}, for llama.cpp and what is built on it:
-
-```bash
-llama-cli -m {file.name}
-ollama create NAME -f {modelfile_of(file).name}
-```
-{about}
-"""
 
 
 def push_to_hub(directory: Path, repo: str, private: bool, files: Sequence[str] = (), card: str | None = None) -> str:

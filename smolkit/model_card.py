@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, metadata_load
 
 from smol_model import SmolConfig
 from smolkit.checkpoints import describe_model
@@ -102,6 +102,30 @@ def model_card(directory: Path, facts: Mapping[str, Any] | None = None) -> str:
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
+def gguf_card(source: Path, file: str, modelfile: str) -> str:
+    """The card of a repository with a GGUF file of `source` and its Modelfile: their use, then what its card says."""
+    card = source / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    head = {**(metadata_load(card) or {} if text else {}), "library_name": "gguf"}
+    # Without its title and its own use, and without pictures, which stay where they are.
+    about = "".join(f"\n## {part}" for part in text.split("\n## ")[1:] if not part.startswith("Use\n"))
+    about = "\n".join(line for line in about.split("\n") if not line.startswith("!["))
+    return f"""---
+{_yaml(head)}
+---
+
+# {Path(file).stem}
+
+A GGUF file of {source.resolve().name}, for llama.cpp and what is built on it:
+
+```bash
+llama-cli -m {file}
+ollama create NAME -f {modelfile}
+```
+{about.rstrip()}
+""".replace("\n\n\n", "\n\n")
+
+
 def front_matter(
     name: str, directory: Path, about: str, datasets: Sequence[str], metrics: Mapping[str, Any]
 ) -> str:
@@ -116,7 +140,11 @@ def front_matter(
     ).to_dict()
     if index := model_index(metrics, name):
         head["model-index"] = index
-    return yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip()
+    return _yaml(head)
+
+
+def _yaml(head: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def prepared_datasets(directory: Path) -> list[str]:

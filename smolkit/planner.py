@@ -248,7 +248,8 @@ def _engines(width: int) -> list[Strategy]:
         zero("zero-3", "DeepSpeed, and weights", 3),
         zero("zero-2-offload", "gradients and optimizer in the host's memory", 2, "host"),
         zero("zero-3-offload", "weights, too: ds_config.json", 3, "host"),
-        zero("zero-3-nvme", "on a disk: ds_zero3_nvme.json", 3, "nvme"),
+        # where DeepSpeed keeps weights in 16 bits whatever the run computes in
+        *([zero("zero-3-nvme", "on a disk: ds_zero3_nvme.json", 3, "nvme")] if width == 2 else []),
     ]
 
 

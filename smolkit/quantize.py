@@ -256,8 +256,8 @@ def check_vllm_kernels(directory: str | Path, method: str | None) -> None:
     """`UserError` where vLLM's build for CPUs cannot multiply with int8 or int4 weights, or does it wrongly.
 
     `method`: what `directory` will be rounded to; None: what it holds already, if it is one of the two.
-    Measured in vLLM 0.32 against exact sums: without VNNI, products of int8 are added in 16 bits and overflow, 13 % off
-    for normally distributed inputs, 25 to 27 % for large ones; its build for AVX2 has no int4 product at all.
+    Measured in vLLM 0.32 against exact sums: without VNNI, products of int8 are added in 16 bits and overflow, 13 to
+    16 % off for normally distributed inputs, 25 to 27 % for large ones; its build for AVX2 has no int4 product at all.
     """
     capabilities = torch.cpu.get_capabilities()
     if torch.cuda.is_available() or capabilities.get("architecture") != "x86_64":

@@ -150,12 +150,19 @@ class Sampler:
 
 
 def logprobs_of(logits: Tensor, token: int, count: int | None, vocab_size: int) -> Scores:
-    """(log-probability of the token, the `count` most likely tokens with theirs) from logits (V,); None: neither.
-
-    All V rows share the probability, padded ones included, but only the first `vocab_size` are tokens.
-    """
+    """Those of one token from logits (V,), see `scores_of`; `count` None: neither is wanted."""
     if count is None:
         return None, ()
-    log_probabilities = logits.log_softmax(-1)[:vocab_size]
-    values, ids = log_probabilities.topk(min(count, vocab_size))
-    return float(log_probabilities[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return scores_of(logits[None], torch.tensor([token], device=logits.device), count, vocab_size)[0]
+
+
+def scores_of(logits: Tensor, tokens: Tensor, count: int, vocab_size: int) -> list[Scores]:
+    """For every row of logits (R, V) and its token (R,): (log-probability of the token, the `count` most likely tokens
+    with theirs).
+
+    All V columns share the probability, padded ones included, but only the first `vocab_size` are tokens.
+    """
+    log_probs = logits.log_softmax(-1)[:, :vocab_size]  # (R, vocab_size)
+    chosen, (values, ids) = log_probs.gather(1, tokens[:, None]).squeeze(1), log_probs.topk(min(count, vocab_size))
+    top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return list(zip(chosen.tolist(), top, strict=True))

@@ -28,6 +28,7 @@ from smolkit.chat import add_chat_tokens, save_tokenizer
 from smolkit.checkpoints import set_generation_config
 from smolkit.errors import UserError
 from smolkit.export import final_files
+from smolkit.model_card import gguf_card
 from smolkit.tokenizer import train_bpe
 
 SHAPE = {
@@ -350,7 +351,7 @@ def test_the_card_of_a_gguf_file_is_that_of_the_checkpoint_in_other_words(tmp_pa
         "---\nlibrary_name: transformers\nlicense: apache-2.0\ntags:\n- qwen3\n---\n\n# dpo\n\nqwen3, 3M.\n\n## Use\n\n"
         "AutoModel\n\n## Training\n\n| steps | 50 |\n\n![curves](curves.png)\n\n## Limits\n\n- small\n"
     )
-    card = export.gguf_card(tmp_path, Path("out/m.gguf"))
+    card = gguf_card(tmp_path, "m.gguf", "Modelfile")
     head = yaml.safe_load(card.split("---\n")[1])
     assert head == {"library_name": "gguf", "license": "apache-2.0", "tags": ["qwen3"]}
     assert "# m\n" in card and f"GGUF file of {tmp_path.name}" in card and "ollama create NAME -f Modelfile" in card

@@ -166,9 +166,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_with(world: Path, stage: str, strategy: str | tuple, output: Path, *more: object) -> str:
-    """The same global batch on two processes under a strategy (or its three parts); returns what was printed."""
-    launcher, tail, report = (STRATEGIES | OTHERS)[strategy] if isinstance(strategy, str) else strategy
+def run_with(world: Path, stage: str, strategy: str, output: Path, *more: object) -> str:
+    """The same global batch on two processes under a strategy; returns what was printed."""
+    launcher, tail, report = (STRATEGIES | OTHERS)[strategy]
     batch_size = 1 if stage == "moe" else 2
     port = ("--main_process_port" if launcher[0] == "accelerate" else "--master_port", free_port())
     words = arguments(world, stage, output, batch_size, *more)
@@ -230,11 +230,14 @@ def test_offload_to_a_disk_equals_memory(world, tmp_path, monkeypatch) -> None:
         content["zero_optimization"][part]["nvme_path"] = str(tmp_path / "disk")
     (tmp_path / "nvme.json").write_text(json.dumps(content))
     tail = ("--deepspeed", tmp_path / "nvme.json")
-    way = (DEEPSPEED, tail, "DeepSpeed ZeRO-3, optimizer on nvme, weights on nvme")
-    run_with(world, "pretrain", way, tmp_path / "written", *more)
+    monkeypatch.setitem(OTHERS, "disk", (DEEPSPEED, tail, "DeepSpeed ZeRO-3, optimizer on nvme, weights on nvme"))
+    run_with(world, "pretrain", "disk", tmp_path / "written", *more)
     ours, reference = (metrics(tmp_path / name) for name in ("written", "memory"))
-    for name in ("loss", "eval_loss"):  # weights are rounded to bf16 for every step
-        assert ours[name] == pytest.approx(reference[name], rel=5e-4), name
+    for name, bound in (("loss", 1e-4), ("eval_loss", 5e-4)):
+        assert ours[name] == pytest.approx(reference[name], rel=bound), name
+    left, right = weights(tmp_path / "written"), weights(tmp_path / "memory")
+    for name, value in right.items():  # the masters; what they are rounded to for an evaluation differs by more
+        assert (left[name] - value).norm() < 1e-4 * value.norm(), name
     for part in ("optimizer", "bfloat16params"):
         assert list((tmp_path / "disk/zero_stage_3" / part).rglob("*.swp")), f"no {part} on the disk"
 

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -190,6 +190,26 @@ def test_scoring_a_long_prompt_holds_nobody_up() -> None:
     assert len(rounds) > 600 // 64 + 5, "ten for the prompt itself, and each layer and block of logits took one"
     (found,) = (event for results in rounds for each, event in results if each is sequence)
     assert found.prompt_logprobs == expected.prompt_logprobs
+
+
+def test_a_prompt_that_cannot_be_scored_ends_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, prompts = ContinuousBatch(random_model("dense")), random_prompts(2)
+    states = batch.decoder.prompt_states
+
+    def fails_once(prompt: list[int], adapter: str | None) -> Iterator[torch.Tensor]:
+        if prompt == prompts[0]:
+            raise RuntimeError("no memory for this one")
+        return states(prompt, adapter)
+
+    monkeypatch.setattr(batch.decoder, "prompt_states", fails_once)
+    sequences = [batch.start(GenerationRequest(prompt, 1, 0.0, prompt_logprobs=0)) for prompt in prompts]
+    for sequence in sequences:
+        batch.add(sequence)
+    found = {}
+    while len(batch):
+        found |= dict(batch.step())
+    assert str(found[sequences[0]]) == "no memory for this one"
+    assert len(found[sequences[1]].prompt_logprobs) == len(prompts[1])
 
 
 # --- sampling
