@@ -13,8 +13,11 @@ served over its base model. Flags that are not listed here go to vLLM's engine a
 
 import argparse
 import logging
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
 import torch
@@ -115,5 +118,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("error: vLLM's engine died; its own messages above say why")
 
 
+def follow(parent: int) -> None:
+    """Live as long as process `parent`: a server that is killed leaves no engine behind that holds the memory."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__mp_main__":  # a process that vLLM spawned, and that reads this file again
+    os.setpgrp()  # Ctrl-C goes to the terminal's group: it shall reach the server alone, which lets answers end
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+
 if __name__ == "__main__":
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own server has it
     run(main)

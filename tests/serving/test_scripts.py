@@ -610,6 +610,35 @@ def test_vllm_server_ends_with_its_engine(root: Path, checkpoint: Path) -> None:
         assert process.wait(60) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm_python")
+def test_vllm_lets_answers_end_after_ctrl_c(root: Path, checkpoint: Path) -> None:
+    """Ctrl-C signals all processes of the terminal's group at once; vLLM's own must not be among them."""
+    with started(root, "serve_vllm.py", "--model_path", checkpoint, *VLLM_FLAGS) as (url, process):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="-")
+        chunks = client.completions.create(
+            model="tiny", prompt="The process", max_tokens=100, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(chunks)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        for each in (process.pid, *(child.pid for child in children)):
+            if os.getpgid(each) == os.getpgid(process.pid):
+                os.kill(each, signal.SIGINT)
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+        assert process.wait(60) == 0
+        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm_python")
+def test_vllm_ends_with_a_server_that_is_killed(root: Path, checkpoint: Path) -> None:
+    with started(root, "serve_vllm.py", "--model_path", checkpoint, *VLLM_FLAGS) as (_, process):
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        assert not psutil.wait_procs(children, timeout=60)[1]
+
+
 PARSE = """
 import json, sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
