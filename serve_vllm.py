@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sock = listen(args.host, args.port)
     tokenizer = load_tokenizer(directory)
     weights = cached(directory, method) if method else directory
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own server has it, and see below
     # vLLM takes a minute to start its processes: until `serve` takes over, SIGTERM has to end them, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     engine = VllmEngine(
@@ -130,5 +131,4 @@ if __name__ == "__mp_main__":  # a process that vLLM spawned, and that reads thi
     threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own server has it
     run(main)
