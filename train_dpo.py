@@ -22,7 +22,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from smol_model import SmolConfig
+from smol_config import SmolConfig
 from smolkit.adapters import (
     Merge,
     adapter_base,
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.add_callback(ReferenceCheck(trainer, torch.bfloat16 if args.bf16 else job.dtype))
     job.begin()
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    facts = {"aligned from": stage.model_path, "data": f"{len(pairs):,} pairs", "loss": loss, "beta": args.beta}
+    facts = {"started from": stage.model_path, "data": f"{len(pairs):,} pairs", "loss": loss, "beta": args.beta}
     if held_out:
         facts["validation preference accuracy"] = f"{trainer.last_evaluation()['eval_rewards/accuracies']:.3f}"
     for name in NOISE:

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)
     start = stage.base_model or "random weights"
-    facts = {"fine-tuned from": start, "data": rows.summary, "steps": trainer.state.global_step}
+    facts = {"started from": start, "data": rows.summary, "steps": trainer.state.global_step}
     if rows.evaluation:
         facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per trained token"
     finish(trainer, job.save_dtype, config, facts)

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--lora_target {' '.join(stage.lora_target)}: {error}") from error
     job.begin()
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    facts = {"adapter for": stage.base_model, "data": rows.summary, "steps": trainer.state.global_step}
+    facts = {"started from": stage.base_model, "data": rows.summary, "steps": trainer.state.global_step}
     if rows.evaluation:
         facts["validation loss"] = f"{trainer.last_evaluation()['eval_loss']:.4f} nats per trained token"
     finish_adapter(trainer, config, facts, merge)

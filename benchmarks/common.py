@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from smol_model import SmolConfig, count_parameters, preset_config
+from smol_config import SmolConfig, count_parameters, preset_config
 from smolkit.errors import UserError
 from smolkit.runtime import supports_bf16
 
@@ -76,7 +76,7 @@ class Case:
 
 
 def preset(name: str, **changes: Any) -> dict[str, Any]:
-    """Fields of a preset of smol_model.py, some of them replaced."""
+    """Fields of a preset of smol_config.py, some of them replaced."""
     config = preset_config(name, **changes)
     return {field: getattr(config, field) for field in SmolConfig.__annotations__ if hasattr(config, field)}
 
@@ -132,7 +132,7 @@ CASES = {
         (*OURS, "transformers", "transformers+prepared"),
         (*(Target(side, "memory", 0.4, "transformers") for side in OURS), *faster(OURS, transformers=1.7)),
     ),
-    # For --device cuda; MFU counts attention, see smol_model.flops_per_token. Batches are what transformers has room
+    # For --device cuda; MFU counts attention, see smol_config.flops_per_token. Batches are what transformers has room
     # for on 80 GB. The MoE has the active width of gpu-dense and must keep three quarters of its MFU.
     "gpu-135m": Case(SMOLLM2_135M, 16, 2048, CUDA, (Target("ours+regions", "mfu", 0.4),), 5, 20),
     "gpu-1.7b": Case(preset("smollm2-1.7b"), 4, 2048, CUDA, (Target("ours+regions", "mfu", 0.5),), 5, 20),

@@ -24,7 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import common
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.engine import TorchEngine
 from smolkit.errors import UserError, run
 from smolkit.runtime import compute_dtype, prepare

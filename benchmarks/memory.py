@@ -28,7 +28,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from benchmarks import common
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.errors import UserError, run
 from smolkit.planner import STRATEGIES, ZERO_BUCKET, Work, memory
 from smolkit.runtime import supports_bf16

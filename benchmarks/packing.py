@@ -37,7 +37,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import prepare_datasets
 import train_tokenizer
-from smol_model import preset_config
+from smol_config import preset_config
 from smolkit.chat import add_chat_tokens
 from smolkit.checkpoints import build_model, document_end_id
 from smolkit.doctor import read_pretrain

@@ -1,7 +1,8 @@
 """The other implementations, each built to the same shape and able to take our weights.
 
 A peer is a module whose `forward(ids)` is the mean cross-entropy of predicting ids[:, 1:], computed the way its own
-training loop computes it, and whose `copy_weights(ours)` makes it the same function as our model.
+training loop computes it, and whose `copy_weights(ours)` makes it the same function as our model (nanochat's is another
+function and has none).
 """
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 
 # --- transformers -------------------------------------------------------------------------------------------
 
@@ -129,6 +131,14 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
+def rotations(config: SmolConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all positions, each (positions, 1, Dh)."""
+    channels = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    frequencies = 1.0 / config.rope_parameters["rope_theta"] ** channels
+    angles = torch.arange(config.max_position_embeddings)[:, None] * frequencies.repeat(2)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
 def repeat_kv(x: Tensor, groups: int) -> Tensor:
     """(B, T, K, Dh) -> (B, T, K * groups, Dh)."""
     B, T, K, Dh = x.shape
@@ -225,11 +235,9 @@ class PlainPeer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        channels = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        frequencies = 1.0 / config.rope_parameters["rope_theta"] ** channels
-        angles = torch.arange(config.max_position_embeddings)[:, None] * frequencies.repeat(2)  # (positions, Dh)
-        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
-        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+        cos, sin = rotations(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         x, T = self.embed_tokens(ids), ids.shape[1]
@@ -249,4 +257,66 @@ class PlainPeer(nn.Module):
         self.load_state_dict(theirs)
 
 
-PEERS = {"transformers": TransformersPeer, "litgpt": LitgptPeer, "minimind": PlainPeer}
+# --- nanochat -----------------------------------------------------------------------------------------------
+
+
+class NanochatBlock(nn.Module):
+    """Attention whose queries and keys are normed after the rotation, and a squared-ReLU MLP; norms without weights."""
+
+    def __init__(self, config: SmolConfig):
+        super().__init__()
+        D, self.head_dim = config.hidden_size, config.head_dim
+        query, kv = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        width = 3 * config.intermediate_size // 2  # two matrices as large as SwiGLU's three; nanochat's 4 D at 135M
+        self.groups = query // kv
+        self.q, self.k, self.v = (nn.Linear(D, size, bias=False) for size in (query, kv, kv))
+        self.o = nn.Linear(query, D, bias=False)
+        self.up, self.down = nn.Linear(D, width, bias=False), nn.Linear(width, D, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        normed = weightless_norm(x)
+        query, key, value = (
+            projection(normed).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v)
+        )
+        query, key = (
+            weightless_norm((part * cos + rotate_half(part) * sin).to(value.dtype)) for part in (query, key)
+        )
+        key, value = repeat_kv(key, self.groups), repeat_kv(value, self.groups)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # (B, H, T, Dh)
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(weightless_norm(x))).square())
+
+
+def weightless_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+class NanochatPeer(nn.Module):
+    """nanochat-style (its first public form, October 2025), with as many weights in each block as ours.
+
+    A norm behind the embedding, a head of its own that starts at zero, all logits of the step in float32 at once, held
+    within 15 by a tanh. Its Muon is left out: what that costs per step is nothing in its batches of half a million
+    tokens and much in the batches here.
+    """
+
+    def __init__(self, config: SmolConfig):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList([NanochatBlock(config) for _ in range(config.num_hidden_layers)])
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for matrix in (self.head, *(part for block in self.blocks for part in (block.o, block.down))):
+            nn.init.zeros_(matrix.weight)
+        cos, sin = rotations(config)
+        self.register_buffer("cos", cos.bfloat16(), persistent=False)
+        self.register_buffer("sin", sin.bfloat16(), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, T = weightless_norm(self.embed(ids)), ids.shape[1]
+        for block in self.blocks:
+            x = block(x, self.cos[:T], self.sin[:T])
+        logits = 15 * torch.tanh(self.head(weightless_norm(x)).float() / 15)  # (B, T, V)
+        return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+PEERS = {"transformers": TransformersPeer, "litgpt": LitgptPeer, "minimind": PlainPeer, "nanochat": NanochatPeer}

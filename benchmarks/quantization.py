@@ -25,7 +25,8 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import common
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.batch import ContinuousBatch, generate_batch
 from smolkit.errors import UserError, run
 from smolkit.quantize import PRESETS, REPORT, Int8Product, load_quantized, quantize

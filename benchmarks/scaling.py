@@ -7,7 +7,7 @@ Each point is a run of benchmarks/train_step.py in a process of its own. Between
 given as an exponent p, "cost grows as x**p": p = log(cost2 / cost1) / log(x2 / x1), beside the p of what has to grow.
 
 length   one row of 512 to 4,096 tokens. Everything but attention is linear, attention is quadratic: the expected
-         exponent is that of smol_model.flops_per_token x length, and rises with the length. More than that means
+         exponent is that of smol_config.flops_per_token x length, and rises with the length. More than that means
          memory traffic: the scores of a short row fit into the cache, those of a long one do not.
 experts  8 to 64 experts of one width, two per token: the FLOPs of a token stay, so the expected exponent of forward and
          backward is that of the router alone, near 0. What does grow: every expert's weights are read and their
@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.train_step import Side, linear_products
-from smol_model import SmolConfig, count_parameters, flops_per_token
+from smol_config import SmolConfig, count_parameters, flops_per_token
 from smolkit.errors import UserError, run
 
 LENGTHS, EXPERTS = (512, 1024, 2048, 4096), (8, 16, 32, 64)

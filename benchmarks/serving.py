@@ -40,7 +40,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import common
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.chat import add_chat_tokens, render, save_tokenizer
 from smolkit.engine import TorchEngine
 from smolkit.errors import UserError, run

@@ -11,6 +11,8 @@ A step is forward, backward, clipping to norm 1, AdamW. Sides, each in its own p
   litgpt        the same, with litgpt's model and its chunked cross-entropy; taken when it is importable:
                 pip install --no-deps -r requirements-bench.txt
   minimind      the same, with the plain PyTorch of benchmarks/peers.py (minimind-style)
+  nanochat      the same, nanochat-style and with its blocks as large; its scripts compile: nanochat+compile. The same
+                AdamW, not its Muon; dense cases only, and only where --sides names it
 
 A side takes options: +prepared (smolkit.runtime.prepare for a peer too), +dropless (ours without a capacity limit),
 +compile, +regions (accelerate's regional compilation: a block is compiled once), +eager, +sdpa, +flash (attention).
@@ -40,7 +42,8 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.peers import PEERS
-from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
+from smol_config import SmolConfig, flops_per_token
+from smol_model import SmolForCausalLM
 from smolkit.checkpoints import build_model
 from smolkit.errors import UserError, run
 from smolkit.optimizer import MasterAdamW
@@ -439,6 +442,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError("--device cuda: torch sees no GPU")
     case = common.named_case(args.case)
     names = args.sides.split(",") if args.sides else case.sides
+    if case.config().num_experts and "nanochat" in {Side(name).base for name in names}:
+        raise UserError(f"--case {args.case}: nanochat has no Mixture-of-Experts; leave it out of --sides")
     counts = {"steps": args.steps or case.steps, "warmup": case.warmup if args.warmup is None else args.warmup}
     dtype = args.dtype or common.default_dtype(args.device)
     report = compare(case, names, args.rounds, args.device, dtype, args.peak, **counts)

@@ -12,7 +12,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.arguments import AdapterArguments
 from smolkit.checkpoints import build_model, merge_adapter, plain_card, save_adapter, save_final
 from smolkit.errors import UserError

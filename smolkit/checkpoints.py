@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from smol_model import PRESETS, SmolConfig, SmolForCausalLM, count_parameters, preset_config
+from smol_config import PRESETS, SmolConfig, count_parameters, preset_config
+from smol_model import SmolForCausalLM
 from smolkit.arguments import NewModelArguments
 from smolkit.chat import END_OF_TEXT, IM_END, IM_START, chat_stop_ids, save_tokenizer
 from smolkit.errors import UserError
@@ -144,7 +145,7 @@ def typed_fields(overrides: dict[str, Any]) -> dict[str, Any]:
     fields, checked = SmolConfig.__dataclass_fields__, {}
     for name, value in overrides.items():
         if name not in fields:
-            raise UserError(f"--model_overrides {name}: no such field; see SmolConfig in smol_model.py")
+            raise UserError(f"--model_overrides {name}: no such field; see SmolConfig in smol_config.py")
         kind = float if fields[name].type in (float | None, "float | None") else fields[name].type
         if kind is float and type(value) is int:
             value = float(value)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smol_config import SmolConfig
 from smol_kernels import (
     CPU_BLOCK_LENGTH,
     SmolLinear,
@@ -32,7 +33,6 @@ from smol_model import (
     ROW_MULTIPLE,
     Experts,
     LMHead,
-    SmolConfig,
     SmolDecoderLayer,
     SmolForCausalLM,
     SparseMoE,

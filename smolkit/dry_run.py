@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from smol_model import PRESETS, SmolConfig, count_parameters
+from smol_config import PRESETS, SmolConfig, count_parameters
 from smolkit import planner
 from smolkit.arguments import (
     AdapterArguments,

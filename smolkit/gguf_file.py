@@ -29,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from smol_model import RotaryPositions, SmolConfig, count_parameters
+from smol_config import SmolConfig, count_parameters
+from smol_model import RotaryPositions
 from smolkit.chat import IM_END, chat_stop_ids
 from smolkit.checkpoints import document_end_id, load_config, load_tokenizer
 from smolkit.errors import UserError

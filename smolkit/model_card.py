@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
-from smol_model import SmolConfig
+from smol_config import SmolConfig
 from smolkit.checkpoints import describe_model
 from smolkit.errors import UserError
 from smolkit.evaluation.results import NOT_EVALUATED, evaluation_section, model_index
@@ -173,7 +173,11 @@ def _training(directory: Path, settings: Mapping[str, Any], facts: Mapping[str, 
     rows = [(name, _shown(value)) for name, value in facts.items()]
     if step is not None and "steps" not in facts:
         rows.append(("steps", f"{step:,}"))
-    rows += [(text, _shown(settings[name])) for name, text in SETTINGS.items() if settings.get(name) not in (None, [])]
+    rows += [
+        (text, _shown(settings[name]))
+        for name, text in SETTINGS.items()
+        if settings.get(name) not in (None, []) and text not in facts
+    ]
     figures_ = ""
     if all((directory / name).is_file() for name in RUN_FILES[:2]):
         found = [(label, value, small) for label, value, small in cards(read_run(directory))]

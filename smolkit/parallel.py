@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from smol_model import Experts, SmolConfig
+from smol_config import SmolConfig
+from smol_model import Experts
 from smolkit.errors import UserError
 from smolkit.runtime import default_device
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from smol_config import SmolConfig, count_parameters, flops_per_token
 from smol_kernels import CPU_BLOCK_LENGTH, CPU_QUERY_BLOCK, LOSS_BLOCK_ELEMENTS, LOSS_ELEMENTS
-from smol_model import SmolConfig, count_parameters, flops_per_token
 
 GB = 10**9
 # Dense bf16 FLOP/s from the vendors' data sheets (without sparsity), by a part of the name torch reports.

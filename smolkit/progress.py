@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from smol_model import SmolConfig
+from smol_config import SmolConfig
 from smolkit.arguments import StageArguments
 from smolkit.errors import UserError, writing
 from smolkit.files import atomic_writer, read_lines

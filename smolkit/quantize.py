@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.checkpoints import plain_card, require_checkpoint
 from smolkit.errors import UserError, run
 from smolkit.files import default_cache_dir, sync, write_json

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from smol_model import SmolConfig
+from smol_config import SmolConfig
 from smolkit.arguments import PlanArguments, StageArguments
 from smolkit.checkpoints import describe_model
 from smolkit.command_line import RunArguments
@@ -46,6 +47,7 @@ from smolkit.shards import checksum, token_store
 SETTINGS_FILE = "run_settings.json"  # what the run was started with; changed settings are refused
 COMPLETE_FILE = "training_complete.json"  # written last; its presence means the directory is final
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
+_COMPILATION_MINUTES = 30  # DeepSpeed's kernel for disks took 2 to 9 on two cores
 
 
 @dataclass
@@ -212,9 +214,17 @@ def check_disk_offload(args: RunArguments) -> None:
             "device of offload_param to cpu"
         )
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import _get_build_directory
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError("offload to disk needs libaio's headers (package libaio-dev); install them, or offload to cpu")
+    # Whoever finds it waits until it is gone; a compilation that was killed leaves it for ever.
+    lock = Path(_get_build_directory(AsyncIOBuilder.NAME, verbose=False)) / "lock"
+    if lock.exists() and (minutes := (time.time() - lock.stat().st_mtime) / 60) > _COMPILATION_MINUTES:
+        raise UserError(
+            f"DeepSpeed would wait for a compilation that began {minutes:.0f} minutes ago and was probably killed; "
+            f"if none is running, delete {lock}"
+        )
 
 
 def check_compiler(args: RunArguments) -> None:

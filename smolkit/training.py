@@ -21,7 +21,8 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
+from smol_config import SmolConfig, flops_per_token
+from smol_model import SmolForCausalLM
 from smolkit.checkpoints import save_final
 from smolkit.errors import UserError, writing
 from smolkit.guards import GuardMixin

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from smol_model import EXTRA_FIELDS, SHARED_FIELDS, SmolConfig, SmolForCausalLM
+from smol_config import EXTRA_FIELDS, SHARED_FIELDS, SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.arguments import NewModelArguments, PretrainArguments
 from smolkit.checkpoints import build_model, resolve_model, typed_fields
 from smolkit.errors import UserError

@@ -21,7 +21,8 @@ from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit import parallel
 from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 import train_pretrain
-from smol_model import NATIVE_ARCHITECTURES, SmolConfig, SmolForCausalLM
+from smol_config import NATIVE_ARCHITECTURES, SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.chat import add_chat_tokens, save_tokenizer
 from smolkit.checkpoints import set_generation_config
 from smolkit.errors import UserError

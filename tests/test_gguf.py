@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.chat import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START, add_chat_tokens, save_tokenizer
 from smolkit.errors import UserError
 from smolkit.gguf_file import without_generation_marks, write_gguf

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import smol_kernels
 import smol_model
+from smol_config import SmolConfig
 from smol_kernels import loss_of_all_tokens, loss_of_trained_tokens
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_model import SmolForCausalLM
 from smolkit import optimizer
 from smolkit.adapters import build_base
 from smolkit.batch import generate_batch

@@ -9,16 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import smol_kernels
 import smol_model
+from smol_config import PRESETS, SmolConfig, count_parameters, flops_per_token, preset_config
 from smol_kernels import LinearCrossEntropy, RMSNorm, Rotate, SmolLinear, loss_of_all_tokens, row_block
-from smol_model import (
-    PRESETS,
-    LMHead,
-    SmolConfig,
-    SmolForCausalLM,
-    count_parameters,
-    flops_per_token,
-    preset_config,
-)
+from smol_model import LMHead, SmolForCausalLM
 
 SMALL = {
     "vocab_size": 97,

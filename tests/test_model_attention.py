@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 import smol_kernels
 import smol_model
+from smol_config import SmolConfig
 from smol_kernels import block_attention
-from smol_model import SmolConfig, SmolForCausalLM, eager_attention
+from smol_model import SmolForCausalLM, eager_attention
 
 SMALL = {
     "vocab_size": 89,

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 
 import train_lora
 import train_pretrain
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.chat import add_chat_tokens, save_tokenizer
 from smolkit.errors import UserError
 from smolkit.evaluation.results import evaluation_section, update_card
@@ -92,7 +93,9 @@ def test_the_card_of_a_finished_run_says_what_the_run_left(runs):
 def test_the_card_of_an_adapter(runs):
     card = read_card(runs / "lora" / "README.md")
     assert card.data.library_name == "peft" and card.data.tags == ["qwen3", "lora"]
-    assert "AutoPeftModelForCausalLM" in card.text and f"| adapter for | {runs.name}/base |" in card.text
+    assert "AutoPeftModelForCausalLM" in card.text and f"| started from | {runs.name}/base |" in card.text
+    settings = [row.split(" | ")[0] for row in card.text.split("## Training")[1].split("\n\n")[1].splitlines()]
+    assert "| seed" in settings and len(settings) == len(set(settings))
     assert str(runs) not in card.text
     assert "| LoRA rank | 8 |" in card.text
 

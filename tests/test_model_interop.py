@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from smol_model import NATIVE_ARCHITECTURES, SmolConfig, SmolForCausalLM
+from smol_config import NATIVE_ARCHITECTURES, SmolConfig
+from smol_model import SmolForCausalLM
 
 BASE = {
     "vocab_size": 83,

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import smol_model
+from smol_config import SmolConfig
 from smol_kernels import grouped_linear
-from smol_model import SmolConfig, SmolForCausalLM, SparseMoE, dispatch
+from smol_model import SmolForCausalLM, SparseMoE, dispatch
 
 SHAPE = {
     "vocab_size": 61,

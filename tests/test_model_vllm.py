@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 
 NEW = 12
 SHAPE = {  # vLLM's CPU attention wants a head size of at least 32, its experts a width of a multiple of 32

@@ -68,7 +68,7 @@ def test_notebooks_define_nothing_that_the_project_has(path: Path) -> None:
     """They import public names only, and define none that a module has; 01, which teaches, checks its own beside it."""
     cells = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
     assert not re.findall(r"^from \S+ import .*\b_\w+", "\n".join(cells), re.MULTILINE)
-    modules = [*(ROOT / "smolkit").rglob("*.py"), ROOT / "smol_model.py", ROOT / "smol_kernels.py"]
+    modules = [*(ROOT / "smolkit").rglob("*.py"), *ROOT.glob("smol_*.py")]
     taken = {name for module in modules for name in DEFINED.findall(module.read_text(encoding="utf-8"))}
     for cell, following in zip(cells, [*cells[1:], ""], strict=True):
         checked = path.stem.startswith("01") and "assert_close" in following

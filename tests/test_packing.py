@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.chat import encode_texts
 from smolkit.doctor import read_pretrain
 from smolkit.errors import UserError

@@ -17,7 +17,7 @@ import prepare_datasets
 import train_lora
 import train_pretrain
 import train_tokenizer
-from smol_model import SmolConfig
+from smol_config import SmolConfig
 from smolkit.errors import UserError
 from smolkit.parallel import check_expert_parallel, group_ranks
 

@@ -10,7 +10,7 @@ import train_dpo
 import train_full_sft
 import train_lora
 import train_pretrain
-from smol_model import SmolConfig, preset_config
+from smol_config import SmolConfig, preset_config
 from smolkit import planner
 from smolkit.errors import UserError
 from smolkit.planner import STRATEGIES, Work, amount, memory

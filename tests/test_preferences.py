@@ -20,7 +20,8 @@ import smol_kernels
 import train_dpo
 import train_lora
 import train_tokenizer
-from smol_model import SmolConfig, SmolForCausalLM, SmolModel
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM, SmolModel
 from smolkit import preferences
 from smolkit.checkpoints import load_tokenizer, save_final
 from smolkit.errors import UserError

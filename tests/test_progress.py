@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 import train_pretrain
 import train_tokenizer
-from smol_model import SmolConfig, flops_per_token
+from smol_config import SmolConfig, flops_per_token
 from smolkit import errors, hardware, reporters, run_report
 from smolkit.chat import encode_text
 from smolkit.checkpoints import load_tokenizer

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit import quantize
 from smolkit.batch import generate_batch
 from smolkit.decoder import Projection

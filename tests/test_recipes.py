@@ -12,7 +12,8 @@ import train_dpo
 import train_full_sft
 import train_pretrain
 import train_tokenizer
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.checkpoints import load_tokenizer, save_final
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))

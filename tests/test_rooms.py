@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = {"smol_model", "smol_kernels"}
+MODEL = {path.stem for path in ROOT.glob("smol_*.py")}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - MODEL
 ROOMS = sorted((ROOT / "smolkit").rglob("*.py"))
 NUMBERS = ("statistics.py", "results.py", "comparison.py", "records.py", "texts.py")  # of smolkit/evaluation/
@@ -22,11 +22,12 @@ GENERATION_ROOMS = ("engine", "batch", "decoder", "vllm_engine")
 # most rooms that only read data render conversations as well, and so load transformers.
 FORBIDDEN = {
     "smol_model.py": {"argparse", "tokenizers", "torch.distributed", "transformers.PreTrainedTokenizerFast"},
+    "smol_config.py": {"argparse", "tokenizers", "torch.distributed", "smol_model", "smol_kernels"},
     "smol_kernels.py": {"argparse", "tokenizers", "torch.distributed"},
     "smolkit/arguments.py": {"torch"},
-    "smolkit/runtime.py": {"smol_model", "datasets", "smolkit.packing"},
+    "smolkit/runtime.py": {*MODEL, "datasets", "smolkit.packing"},
     "smolkit/filters.py": {"torch", "transformers", "tokenizers"},
-    "smolkit/chat.py": {"torch", "smol_model", *HTTP, *HTTP_ROOMS},
+    "smolkit/chat.py": {"torch", *MODEL, *HTTP, *HTTP_ROOMS},
     "smolkit/parallel.py": {"datasets", "smolkit.packing", "smolkit.doctor"},
     **{f"smolkit/{name}.py": {*HTTP, *HTTP_ROOMS, *TEXT_ROOMS} for name in GENERATION_ROOMS},
     **{f"smolkit/{name}.py": TRAINING for name in ("quantize", "export", "gguf_file")},
@@ -44,13 +45,13 @@ FORBIDDEN = {
     "smolkit/diagnosis.py": {"torch", "transformers", "numpy"},
     **{f"smolkit/doctor/{path.name}": {"torch"} for path in (ROOT / "smolkit" / "doctor").glob("*.py")},
     "smolkit/tokenizer.py": {"torch"},
-    "smolkit/packing.py": {"smol_model"},
-    "smolkit/planner.py": {"torch", "transformers", "smol_model.SmolForCausalLM"},  # a configuration, never a model
+    "smolkit/packing.py": MODEL,
+    "smolkit/planner.py": {"torch", "transformers", "smol_model"},  # a configuration, never a model
     **{
         f"smolkit/evaluation/{name}": TRAINING | ({"torch", "transformers"} if name in NUMBERS else set())
         for name in (path.name for path in (ROOT / "smolkit" / "evaluation").glob("*.py"))
     },
-    "smolkit/shards.py": {"smol_model", "torch"},
+    "smolkit/shards.py": {*MODEL, "torch"},
     **{f"{name}.py": {*HTTP, "torch.distributed"} for name in SCRIPTS},
 }
 
@@ -76,7 +77,7 @@ def relative(path: Path) -> str:
 
 
 def test_the_model_file_stands_on_its_kernels_alone() -> None:
-    assert not roots(ROOT / "smol_model.py") & (SCRIPTS | {"smolkit"})
+    assert not (roots(ROOT / "smol_config.py") | roots(ROOT / "smol_model.py")) & (SCRIPTS | {"smolkit"})
     assert not roots(ROOT / "smol_kernels.py") & (SCRIPTS | {"smolkit", "smol_model", "transformers"})
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train_pretrain
-from smol_model import SmolConfig, SmolForCausalLM, flops_per_token
+from smol_config import SmolConfig, flops_per_token
+from smol_model import SmolForCausalLM
 from smolkit.checkpoints import load_tokenizer
 from smolkit.command_line import PretrainTrainingArguments
 from smolkit.errors import UserError

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train_pretrain
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.arguments import PretrainArguments
 from smolkit.chat import add_chat_tokens, save_tokenizer
 from smolkit.errors import UserError

@@ -17,7 +17,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from smol_model import SmolConfig, SmolForCausalLM
+from smol_config import SmolConfig
+from smol_model import SmolForCausalLM
 from smolkit.chat import add_chat_tokens, chat_stop_ids, encode_text, save_tokenizer
 from smolkit.engine import GenerationRequest, TokenEvent, TorchEngine
 from smolkit.openai_api import create_app

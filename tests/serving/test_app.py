@@ -409,7 +409,7 @@ def space_imports(root: Path) -> set[str]:
                 top = name.split(".")[0]
                 if (found := root / f"{name.replace('.', '/')}.py").is_file():
                     waiting.append(found)
-                elif top not in {*sys.stdlib_module_names, "smolkit", "smol_model", "smol_kernels"}:
+                elif top not in {*sys.stdlib_module_names, "smolkit", "smol_config", "smol_model", "smol_kernels"}:
                     packages.add(top)
     return packages
 
@@ -435,7 +435,7 @@ def test_a_space_installs_what_it_imports(root: Path) -> None:
 @pytest.mark.slow
 def test_a_space_starts_without_arguments(root: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The files that the README copies are enough, and the models come from the environment."""
-    for name in ("app.py", "smol_model.py", "smol_kernels.py"):
+    for name in ("app.py", "smol_config.py", "smol_model.py", "smol_kernels.py"):
         shutil.copy(root / name, tmp_path)
     shutil.copytree(root / "smolkit", tmp_path / "smolkit")
     shutil.copytree(root / "docs" / "space", tmp_path, dirs_exist_ok=True)
