@@ -15,7 +15,7 @@ from smolkit.errors import UserError
 from smolkit.files import write_json
 from smolkit.training import TrainerMixin
 
-PLACEMENT_FILE = "expert_parallel.json"  # in a checkpoint: its optimizer state is kept by name, for any placement
+PLACEMENT_FILE = "expert_parallel.json"  # in a checkpoint: how its optimizer state is kept, see saved_placement
 
 
 class ExpertParallelMixin(TrainerMixin):
@@ -162,7 +162,10 @@ class ExpertParallelMixin(TrainerMixin):
         if resume_from_checkpoint is not None:
             saved, size = saved_placement(resume_from_checkpoint), self.experts.size if self.experts else 1
             engine = "deepspeed" if self.is_deepspeed_enabled else "by name"
-            fits = saved["optimizer"] == engine and (engine == "by name" or saved["expert_parallel_size"] == size)
+            if engine == "by name":
+                fits = self._is_whole(resume_from_checkpoint)
+            else:
+                fits = saved == {"expert_parallel_size": size, "optimizer": engine}
             if (self.experts is not None or saved["optimizer"] != "by number") and not fits:
                 raise UserError(
                     f"{resume_from_checkpoint} keeps the optimizer state of --expert_parallel_size "
@@ -173,22 +176,34 @@ class ExpertParallelMixin(TrainerMixin):
             parallel.shard_over_replicas(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def _by_name(self, checkpoint: str) -> bool:
-        return saved_placement(checkpoint)["optimizer"] == "by name"
+    def _is_whole(self, checkpoint: str) -> bool:
+        """Whether its optimizer state is one file of whole tensors: any placement can cut its own parts out of it."""
+        return saved_placement(checkpoint)["optimizer"] != "deepspeed" and (Path(checkpoint) / OPTIMIZER_NAME).is_file()
+
+    def _is_placed_anew(self, checkpoint: str) -> bool:
+        """Whether we load it: where experts are spread, or were; the library's own to the library's own is its work."""
+        by_name = saved_placement(checkpoint)["optimizer"] == "by name"
+        return by_name or (self.experts is not None and self._is_whole(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not self._by_name(resume_from_checkpoint):
+        if not self._is_placed_anew(resume_from_checkpoint):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         parallel.load_weights(self.model, self._saved_weights(resume_from_checkpoint))
         return None
 
-    def _load_optimizer_by_name(self, checkpoint: str) -> None:
+    def _place_optimizer(self, checkpoint: str) -> None:
         saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        if "param_groups" in saved:  # torch's own form, by number in the order of the groups of a model that is whole
+            names = {parameter: name for name, parameter, _ in parallel.placed_parameters(self.model)}
+            groups = super().parameter_groups(self.model)
+            order = [names[parameter] for group in groups for parameter in group["params"]]
+            state = {name: saved["state"][number] for number, name in enumerate(order)}
+            saved = {"state": state, "groups": saved["param_groups"]}
         parallel.load_optimizer_state(self._bare_optimizer(), self.model, saved)
 
     def load_states(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._by_name(checkpoint):
-            self._load_optimizer_by_name(checkpoint)
+        if checkpoint is not None and self._is_placed_anew(checkpoint):
+            self._place_optimizer(checkpoint)
             schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
             count = len(self._bare_optimizer().param_groups)  # may differ; they all have the same learning rate
             schedule = {key: value[:1] * count if isinstance(value, list) else value for key, value in schedule.items()}
@@ -207,14 +222,14 @@ class ExpertParallelMixin(TrainerMixin):
         self.finish_saving()
         best = self.state.best_model_checkpoint
         assert best is not None, "the library asks only where there is one"
-        if not self._by_name(best):
+        if not self._is_placed_anew(best):
             super()._load_best_model()
             if self.is_deepspeed_enabled:
                 self._load_experts_of_others(best)
             return
         self._load_from_checkpoint(best)
         if self.master_optimizer() is not None:
-            self._load_optimizer_by_name(best)
+            self._place_optimizer(best)
 
     def _saved_weights(self, checkpoint: str) -> dict[str, torch.Tensor]:
         with parallel.whole_model():
@@ -227,6 +242,9 @@ def is_partitioned(model: torch.nn.Module) -> bool:
 
 
 def saved_placement(checkpoint: str | Path) -> dict[str, Any]:
-    """How the optimizer state of a checkpoint is kept; of one without expert parallelism: size 1, "by number"."""
+    """How the optimizer state of a checkpoint is kept: "by name", parts of "deepspeed", or the library's "by number".
+
+    Without expert parallelism the library keeps it: in whole tensors (one process, DDP) or in parts (FSDP, DeepSpeed).
+    """
     file = Path(checkpoint) / PLACEMENT_FILE
     return json.loads(file.read_text()) if file.is_file() else {"expert_parallel_size": 1, "optimizer": "by number"}

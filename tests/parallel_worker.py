@@ -223,7 +223,7 @@ def difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> fl
 
 
 def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
-    """Save in the middle, continue at the same and at another expert parallel size, write the final directory."""
+    """Save in the middle, continue at the same and at another size (from `size` to 1 and back), write the end."""
     saving = {"save_strategy": "steps", "save_steps": 2}
     whole = trainer_for(strategy, "resume", size, f"{output}/run", **saving)
     whole.train()
@@ -239,6 +239,15 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
         elsewhere: Any = difference(expected, final_weights(other))
     except UserError as error:
         elsewhere = str(error)
+    plain = trainer_for(strategy, "resume", 1, f"{output}/plain", **saving)
+    plain.train()
+    whole_experts = final_weights(plain)
+    spread = trainer_for(strategy, "resume", size, f"{output}/spread")
+    try:
+        spread.train(resume_from_checkpoint=f"{output}/plain/checkpoint-2")
+        spread_later: Any = difference(final_weights(spread), whole_experts)
+    except UserError as error:
+        spread_later = str(error)
     branch = trainer_for(strategy, "resume", size, f"{output}/branch", learning_rate=5e-3)
     branch.train(resume_from_checkpoint=checkpoint)
     often = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
@@ -277,6 +286,7 @@ def resume(strategy: str, size: int, output: str) -> dict[str, Any]:
         "best": difference(chosen, {n: w for n, w in first.named_parameters()}),
         "best_evaluation": [best_evaluation, best.state.best_metric],
         "elsewhere": elsewhere,
+        "spread later": spread_later,
         "norms": norms,
         "files": sorted(path.name for path in Path(checkpoint).iterdir()),
     }
