@@ -274,6 +274,16 @@ def test_loss_equals_cross_entropy_of_the_logits(elements, trained, monkeypatch)
     torch.testing.assert_close(torch.autograd.grad(ours, (hidden, weight)), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "device, dtype, tokens",
+    [("cpu", torch.bfloat16, (1152, 42)), ("cpu", torch.float32, (704, 42)), ("meta", torch.bfloat16, (2752, 2730))],
+)
+def test_logits_held_at_once(device, dtype, tokens):
+    """By hand, for SmolLM2-135M: as large as a float32 gradient, 576 x 4 / 2 tokens in bf16, or 2^25 / 49,152 = 682,
+    in multiples of 32; in float32 2^21 / 49,152 on a CPU, 2^27 / 49,152 elsewhere."""
+    assert smol_kernels.loss_blocks(torch.empty(49152, 576, dtype=dtype, device=device)) == tokens
+
+
 def test_gradients_of_the_loss_are_scaled_in_float32():
     """1 / tokens is no power of two: rounded to bf16 first it makes every gradient too large (or small) by one factor,
     here 66 instead of 65.75."""
