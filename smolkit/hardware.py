@@ -59,11 +59,11 @@ class Peak:
         return f"{self.flops / scale:,.4g} {unit} ({self.source})"
 
 
-def peak(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> Peak:
+def peak(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None, again: bool = False) -> Peak:
     """The peak that MFU is measured against: the given one, else the data sheet's, else a short measurement.
 
     A data-sheet figure is that of 16-bit products whatever `dtype` is, as in published MFU figures; a measured one is
-    in `dtype`, since CPUs differ in what they have.
+    in `dtype`, since CPUs differ in what they have; a process measures once, unless `again`.
     """
     if given_tflops is not None:
         return Peak(given_tflops * 1e12, "--peak_tflops")
@@ -75,6 +75,8 @@ def peak(device: torch.device, dtype: torch.dtype, given_tflops: float | None = 
     kind = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
     M, K, N = PRODUCT
+    if again:
+        _measured.cache_clear()
     where = f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else f"this {device.type}"
     return Peak(_measured(device, dtype, threads), f"{kind} product of {M:,} x {K:,} x {N:,} measured on {where}")
 

@@ -72,8 +72,8 @@ class Progress(TrainerCallback):
         if self.writes:
             for name in RUN_FILES:
                 self.tokens = max(self.tokens, _cut_back(self.directory / name, state.global_step))
-            dtype = _DTYPES.get(args.mixed_precision, next(model.parameters()).dtype)
-            self.peak = peak(self.device, dtype, self.peak_tflops)
+            self.dtype = _DTYPES.get(args.mixed_precision, next(model.parameters()).dtype)
+            self.peak = peak(self.device, self.dtype, self.peak_tflops)
             print(f"MFU is measured against {self.peak} per process", flush=True)
             if not args.disable_tqdm:
                 from tqdm.auto import tqdm
@@ -144,11 +144,16 @@ class Progress(TrainerCallback):
     def _speed(self, seconds: float, tokens: int, state: Any) -> dict[str, float]:
         """Speed of a window of `seconds` on all processes together; memory of this one."""
         steps = state.global_step - self.last_step
-        flops = state.total_flos - self.flops
+        rate = (state.total_flos - self.flops) / seconds / self.processes
         assert self.peak is not None, "known since the run began"
+        if rate > self.peak.flops:  # something else was running while it was measured
+            again = peak(self.device, self.dtype, self.peak_tflops, again=True)
+            if again.flops > self.peak.flops:
+                self.peak = again
+                print(f"faster than that: MFU is measured against {again} from here on", flush=True)
         return {
             "tokens_per_second": round(tokens / seconds, 1),
-            "mfu": round(flops / seconds / (self.peak.flops * self.processes), 4),
+            "mfu": round(rate / self.peak.flops, 4),
             "memory_bytes": memory_used(self.device),
             "eta_seconds": round(seconds / max(steps, 1) * (state.max_steps - state.global_step), 3),
         }

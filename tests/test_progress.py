@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 import train_pretrain
 import train_tokenizer
 from smol_config import SmolConfig, flops_per_token
-from smolkit import errors, hardware, reporters, run_report
+from smolkit import errors, hardware, progress, reporters, run_report
 from smolkit.chat import encode_text
 from smolkit.checkpoints import load_tokenizer
 from smolkit.command_line import PretrainTrainingArguments
@@ -328,6 +328,19 @@ def test_peak_is_given_looked_up_or_measured(monkeypatch) -> None:
     names = [name for name, _ in hardware.PEAK_TFLOPS]
     for i, name in enumerate(names):
         assert not any(earlier in name for earlier in names[:i]), f"{name} is never reached"
+
+
+def test_a_peak_that_a_step_exceeds_is_measured_again(monkeypatch, capsys) -> None:
+    """It was measured beside another program; one that is measured no higher the next time stays."""
+    state = SimpleNamespace(global_step=2, max_steps=10, total_flos=4e9)
+    found = iter(hardware.Peak(flops, "measured") for flops in (1e9, 8e9, 1e9))
+    monkeypatch.setattr(progress, "peak", lambda *args, **kwargs: next(found))
+    told = progress.Progress()
+    told.device, told.dtype, told.processes, told.last_step, told.flops = torch.device("cpu"), torch.float32, 1, 0, 0.0
+    told.peak = progress.peak()
+    assert told._speed(2.0, 100, state)["mfu"] == 0.25  # 4e9 in two seconds, against 8e9 a second
+    assert "from here on" in capsys.readouterr().out and told._speed(0.4, 100, state)["mfu"] == 1.25
+    assert told.peak.flops == 8e9 and not capsys.readouterr().out
 
 
 # --- reporters
