@@ -122,7 +122,8 @@ class SmolConfig(PreTrainedConfig):
             self.num_experts = self.num_experts_per_tok = self.moe_intermediate_size = self.norm_topk_prob = UNSET
             self.router_aux_loss_coef = self.router_z_loss_coef = 0.0
         super().__post_init__(**kwargs)
-        self.model_type = self.native_type()  # type: ignore[misc]  # of this instance
+        # Theirs is a variable of the class alone; here it follows from the options of this instance.
+        self.model_type = self.native_type()  # type: ignore[misc]
         self.check()
 
     def native_type(self) -> str:
@@ -194,8 +195,9 @@ class SmolConfig(PreTrainedConfig):
         """Write the *native* config.json into `save_directory`."""
         self.to_native().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    # Theirs spells out cache_dir, revision, ... which `kwargs` passes on as they are: every call of theirs fits.
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # theirs names what is passed on here
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> "SmolConfig":
         """Read the config.json of a native directory; ValueError for a setting this model does not implement."""

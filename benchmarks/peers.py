@@ -260,6 +260,10 @@ class PlainPeer(nn.Module):
 # --- nanochat -----------------------------------------------------------------------------------------------
 
 
+def weightless_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
 class NanochatBlock(nn.Module):
     """Attention whose queries and keys are normed after the rotation, and a squared-ReLU MLP; norms without weights."""
 
@@ -286,10 +290,6 @@ class NanochatBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # (B, H, T, Dh)
         x = x + self.o(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(weightless_norm(x))).square())
-
-
-def weightless_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],))
 
 
 class NanochatPeer(nn.Module):

@@ -78,7 +78,7 @@ def relative(path: Path) -> str:
 
 def test_the_model_file_stands_on_its_kernels_alone() -> None:
     assert not (roots(ROOT / "smol_config.py") | roots(ROOT / "smol_model.py")) & (SCRIPTS | {"smolkit"})
-    assert not roots(ROOT / "smol_kernels.py") & (SCRIPTS | {"smolkit", "smol_model", "transformers"})
+    assert not roots(ROOT / "smol_kernels.py") & (SCRIPTS | MODEL | {"smolkit", "transformers"})
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=relative)
