@@ -90,8 +90,6 @@ class RunArguments(LibraryArguments):
             self.dataset_kwargs = {"skip_prepare_dataset": True}  # rows arrive rendered, packed and shuffled
         if getattr(self, "padding_free", False):
             raise UserError("--padding_free is --packing here: rows of several answers or conversations")
-        if self.fp16 and self.use_cpu:
-            raise UserError("--fp16 needs a GPU; on a CPU leave it out or use --weights_dtype bf16")
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -120,7 +118,13 @@ class RunArguments(LibraryArguments):
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns true would remove what keeps packed documents apart")
         super().__post_init__()
-        if self.mixed_precision == "fp16" and self.use_cpu:
+        self.check_fp16()
+
+    def check_fp16(self) -> None:
+        """`UserError` where the libraries have no loss scaler for the device."""
+        if self.use_cpu and self.fp16:
+            raise UserError("--fp16 needs a GPU; on a CPU leave it out or use --weights_dtype bf16")
+        if self.use_cpu and self.mixed_precision == "fp16":
             raise UserError("the launcher's --mixed_precision fp16 needs a GPU; on a CPU leave it out")
 
 

@@ -282,6 +282,7 @@ def _explain_common(rows: Sequence[dict[str, Any]], setting: Setting) -> Iterato
     meanings = {
         "grad_norm": "length of the gradient before clipping; sudden jumps are the ones to look at",
         "learning_rate": "at the last step",
+        "loss_scale": "fp16: what losses are multiplied by; halved (and the update left out) when a gradient overflows",
         "router/load_max": "share of the busiest expert, 1 = an equal share (mean over layers)",
         "router/load_min": "share of the idlest expert",
         "router/dead": "part of the experts with less than a tenth of an equal share",

@@ -233,6 +233,20 @@ class GuardMixin(PersistenceMixin):
             return 0.0
         return norm
 
+    def loss_scale(self) -> float | None:
+        """What fp16's losses are multiplied by, so that small gradients do not become 0; None with another dtype."""
+        if self.accelerator.mixed_precision != "fp16":
+            return None
+        return float(self.deepspeed.optimizer.loss_scale if self.deepspeed else self.accelerator.scaler.get_scale())
+
+    def _may_overflow(self) -> bool:
+        """Whether an infinite norm may come of the loss scale, which is then halved and the update left out.
+
+        DeepSpeed itself refuses to go on where no smaller scale is allowed, see `_checked`.
+        """
+        scale = self.loss_scale()
+        return scale is not None and (self.is_deepspeed_enabled or scale > 1)
+
     def _look(self) -> bool:
         """At what the last step gave, if nobody has yet; False if its update is left out.
 
@@ -243,8 +257,8 @@ class GuardMixin(PersistenceMixin):
             return True
         losses, norm = found.read()
         total = sum(losses)
-        scaled = self.accelerator.scaler is not None  # fp16: infinite gradients are the scaler's to handle
-        bad = not math.isfinite(total) or not (scaled or norm is None or math.isfinite(norm))
+        bad = not math.isfinite(total)
+        bad = bad or norm is not None and not math.isfinite(norm) and not self._may_overflow()
         worst, asked, highest = self.vote(bad, self._asked, total if math.isfinite(total) else -math.inf)
         self.stopping = int(asked)
         if worst:
@@ -316,6 +330,15 @@ class GuardMixin(PersistenceMixin):
             losses = [*(float(each) for each in self._losses), float(loss.detach())]
             if self.vote(not math.isfinite(losses[-1]))[0]:
                 self._leave_out(losses, None, self.state.global_step)
-            backward(loss, **kwargs)
+            try:
+                backward(loss, **kwargs)
+            except Exception as error:
+                if "loss scale already at minimum" not in str(error):
+                    raise
+                text = self._describe(losses, math.inf, self.state.global_step)
+                raise UserError(
+                    f"{text}, in fp16 with the smallest loss scale; nothing was updated with it. Lower "
+                    f"--learning_rate (now {self._get_learning_rate():.2g}), or train in bf16 (--bf16 true)"
+                ) from None
 
         return checked

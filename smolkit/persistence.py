@@ -308,7 +308,12 @@ class PersistenceMixin(Host):
 
     def load_states(self, checkpoint: str | None) -> None:
         """Optimizer and schedule as they were saved."""
+        # torch makes the state of sharded weights by a step without gradients, which no loss has been scaled for.
+        optimizer: Any = self.optimizer  # accelerate's, around torch's
+        scaler = getattr(optimizer, "scaler", None)
+        optimizer.scaler = None
         super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer.scaler = scaler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """State from the checkpoint, settings from the arguments: a longer or branched run follows its new plan."""

@@ -193,6 +193,8 @@ class TrainerMixin(GuardMixin):
                 self._router, self._router_batches = {}, 0
             if self._skipped:
                 logs["skipped_updates"] = self._skipped
+            if (scale := self.loss_scale()) is not None:
+                logs["loss_scale"] = scale
         super().log(logs, start_time)
 
     # evaluation and samples

@@ -10,6 +10,8 @@ of `subprocess`: -9 for SIGKILL. Faults act at the outermost boundary, in the pr
     {"kill_call": n}                   SIGKILL in the n-th call of one of CALLS since the first save
     {"kill_at_the_end": true}          SIGKILL after the last evaluation, before the final directory is written
     {"nan_at": [step, ...]}            the loss of these steps' first micro-batch is NaN
+    {"nan_gradient_at": [step, ...]}   their gradients are NaN, and nothing else
+    {"fp16": scale}                    a CPU that trains in fp16, with that loss scale at first
     {"on_a_gpu": true}                 losses and norms are looked at a step later, as where an update guards itself
     {"slow_disk": steps}               fsync in the background lasts until training is that many steps further
     {"full_after": bytes}              the disk is full: RLIMIT_FSIZE, which every file of more bytes runs into
@@ -49,11 +51,12 @@ def sabotage(fault: dict[str, Any]) -> None:
         if "reached" in fault and now >= fault["until"]:
             fault["reached"].set()
         loss = step(self, model, inputs, *rest)
-        if now in fault.get("nan_at", ()) and not micro["count"]:
+        broken = now in fault.get("nan_at", ())
+        if (broken or now in fault.get("nan_gradient_at", ())) and not micro["count"]:
             for weight in model.parameters():
                 if weight.grad is not None:
                     weight.grad.fill_(float("nan"))
-            return loss * float("nan")
+            return loss * float("nan") if broken else loss
         return loss
 
     Trainer.training_step = training_step
@@ -61,6 +64,10 @@ def sabotage(fault: dict[str, Any]) -> None:
         import smolkit.training
 
         smolkit.training.final_weights = lambda trainer: os.kill(os.getpid(), signal.SIGKILL)
+    if "fp16" in fault:
+        from fp16_worker import on_a_cpu
+
+        on_a_cpu(fault["fp16"])
     if "on_a_gpu" in fault:
         from smolkit.guards import GuardMixin
 

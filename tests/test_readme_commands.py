@@ -440,7 +440,7 @@ THIN = "sed -i -n '1~18p' out/quickstart/data/exam/exam.jsonl out/quickstart/dat
 SHORT = {r"--output_dir (output/\S+)": r"--output_dir \1 --max_steps 3"}
 CASES = {
     "make": Case(
-        "make quickstart", has(says=["recipes/quickstart.sh", 'pytest -m "not slow"']), instead={"^make": "make -n"}
+        "make quickstart", has(says=["quickstart.sh", 'loadfile -m "not slow"']), instead={"^make": "make -n"}
     ),
     "without make": Case(
         ".venv/bin/activate",

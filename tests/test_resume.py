@@ -359,6 +359,23 @@ def test_an_update_that_guards_itself_is_left_out_on_the_device(world, tmp_path)
         assert checkpoints(tmp_path / name)[-1].name in ("checkpoint-5", "checkpoint-6")
 
 
+def test_fp16_halves_its_scale_until_it_cannot(world, tmp_path) -> None:
+    """A gradient that is not finite is its scaler's to handle while there is a scale to blame; a loss never is."""
+    fp16 = ("--fp16", "true", "--logging_steps", "1")
+    plan = [
+        job(world, "sft", tmp_path / "halved", *fp16, fault={"nan_gradient_at": [5, 6], "fp16": 4.0}),
+        job(world, "sft", tmp_path / "stop", *fp16, fault={"nan_gradient_at": [5, 6], "fp16": 2.0}),
+        job(world, "sft", tmp_path / "nan", *fp16, fault={"nan_at": [5], "fp16": 4.0}),
+        job(world, "sft", tmp_path / "skip", *fp16, "--skip_nonfinite", "1", fault={"nan_at": [5], "fp16": 4.0}),
+    ]
+    results = execute(tmp_path, plan, [0, 2, 2, 0])
+    scales = [row["loss_scale"] for row in rows(tmp_path / "halved") if "loss" in row]
+    assert scales[:6] == [4.0] * 4 + [2.0, 1.0] and set(scales[6:]) == {1.0}
+    assert "the gradient norm is nan at step 6 (every loss is finite); nothing was updated" in results[1]["output"]
+    assert "the loss is nan at step 5" in results[2]["output"]
+    assert "update skipped (1 of 1 allowed)" in results[3]["output"]
+
+
 def test_dropped_pairs_are_no_part_of_a_step(world, tmp_path) -> None:
     """22 pairs, 8 a step: an epoch has two steps. Where nothing is learned, every loss is ln 2, whatever the epoch."""
     still = ("--learning_rate", "0", "--logging_steps", "1", "--max_steps", "5", "--dataloader_drop_last", "true")

@@ -5,6 +5,7 @@ transformers reads without our code to the same logits.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -75,9 +77,9 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def launch(*words: object, cwd: Path = ROOT) -> str:
+def launch(*words: object, cwd: Path = ROOT, **more: str) -> str:
     """Run a launcher, in the checkout by default; stdout and stderr together, which must not report a failure."""
-    environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", **more}
     command = ["timeout", "--signal", "KILL", LIMIT, *map(str, words)]  # which ends a launcher's workers with it
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
@@ -166,13 +168,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_with(world: Path, stage: str, strategy: str, output: Path, *more: object) -> str:
-    """The same global batch on two processes under a strategy; returns what was printed."""
+def run_with(
+    world: Path, stage: str, strategy: str, output: Path, *more: object, worker: Sequence[Path] = (), **environment: str
+) -> str:
+    """The same global batch on two processes under a strategy; returns what was printed. `worker` runs the script."""
     launcher, tail, report = (STRATEGIES | OTHERS)[strategy]
     batch_size = 1 if stage == "moe" else 2
     port = ("--main_process_port" if launcher[0] == "accelerate" else "--master_port", free_port())
     words = arguments(world, stage, output, batch_size, *more)
-    text = launch(*launcher, *port, f"{program(stage).__name__}.py", *words, *tail)
+    text = launch(*launcher, *port, *worker, f"{program(stage).__name__}.py", *words, *tail, **environment)
     assert f" 2 processes, {report}\n" in text, text
     return text
 
@@ -198,6 +202,21 @@ def assert_equal_runs(two: Path, one: Path, rel: float = 1e-4) -> None:
         models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (two, one)]
         with torch.no_grad():
             torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits, rtol=1e-3, atol=2e-3)
+
+
+def assert_continues(run: Callable[[], str], output: Path) -> None:
+    """A finished run, had it been killed after its second step, comes from the checkpoint there to the same end."""
+    before = output.with_name("before")
+    shutil.copytree(output, before)
+    for path in checkpoints(output)[1:]:
+        shutil.rmtree(path)
+    for name in ("config.json", "adapter_config.json", "training_complete.json"):
+        (output / name).unlink(missing_ok=True)
+    for path in output.glob("*.safetensors"):
+        path.unlink()
+    assert "continued from" in run()
+    assert (output / "metrics.jsonl").read_bytes() == (before / "metrics.jsonl").read_bytes()
+    assert all(torch.equal(weights(output)[name], value) for name, value in weights(before).items())
 
 
 @pytest.mark.parametrize(
@@ -281,6 +300,61 @@ def test_bf16_trains_alike_and_keeps_its_masters(world, one_process, strategy, t
     assert not torch.equal(saved, saved.bfloat16().float()), "the final weights are not the fp32 ones"
 
 
+# The quick suite has one of accelerate's and one of DeepSpeed's loss scalers.
+FP16 = [pytest.param(name, marks=[] if name in ("ddp", "zero2") else pytest.mark.slow) for name in STRATEGIES]
+
+
+@pytest.mark.parametrize("strategy", FP16)
+def test_fp16_scales_its_losses(world, strategy, tmp_path, monkeypatch) -> None:
+    """On CPUs that pass for GPUs (fp16_worker.py). The first loss scale is so large that gradients overflow: updates
+    are left out, each with half the scale of the one before, and nobody takes it for a broken run. A run killed in the
+    middle of that continues with the scale it had."""
+    launcher, tail, report = STRATEGIES[strategy]
+    steps, power = 12, 22
+    if launcher == DEEPSPEED:
+        content = json.loads((ROOT / tail[1]).read_text())
+        content["fp16"] |= {"initial_scale_power": power, "hysteresis": 1}
+        (tmp_path / "deepspeed.json").write_text(json.dumps(content))
+        monkeypatch.setitem(STRATEGIES, strategy, (launcher, ("--deepspeed", tmp_path / "deepspeed.json"), report))
+    worker = {"worker": [Path("tests/fp16_worker.py")], "PYTHONPATH": str(ROOT), "SCALE": str(2.0**power)}
+
+    words = f"--max_steps {steps} --save_total_limit 9 --warmup_steps 0 --lr_scheduler_type constant".split()
+    run = partial(run_with, world, "pretrain", strategy, tmp_path / "two", *words, "--fp16", "true", **worker)
+    run()
+    found = metrics(tmp_path / "two")
+    skipped = [not math.isfinite(norm) for norm in found["grad_norm"]]
+    assert skipped[:3] == [True] * 3 and skipped.count(False) > 4, found["grad_norm"]
+    assert found["loss_scale"] == [2.0 ** (power - sum(skipped[: step + 1])) for step in range(steps)]
+
+    left_out, update = iter(skipped), torch.optim.AdamW.step  # the same in fp32, without those updates
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda *args, **kw: next(left_out) or update(*args, **kw))
+        train_pretrain.main([*arguments(world, "pretrain", tmp_path / "one", 4), *words])
+    reference = metrics(tmp_path / "one")
+    assert found["loss"] == pytest.approx(reference["loss"], rel=1e-3) and found["loss"] != reference["loss"]
+    norms = [math.nan if out else norm for out, norm in zip(skipped, reference["grad_norm"], strict=True)]
+    assert [norm if math.isfinite(norm) else math.nan for norm in found["grad_norm"]] == pytest.approx(
+        norms, rel=1e-2, nan_ok=True
+    )
+    saved = weights(tmp_path / "two")["model.layers.0.mlp.up_proj.weight"]
+    assert saved.dtype == torch.float32 and not torch.equal(saved, saved.half().float()), "fp16 weights"
+
+    assert_continues(run, tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "lora", "dpo", "lora-dpo", "moe"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fp16_trains_alike(world, one_process, strategy, stage, tmp_path) -> None:
+    """Without an overflow: DeepSpeed's first scale is 2^16, too."""
+    worker = {"worker": [Path("tests/fp16_worker.py")], "PYTHONPATH": str(ROOT), "SCALE": "65536"}
+    run_with(world, stage, strategy, tmp_path / "two", "--fp16", "true", **worker)
+    ours, reference = metrics(tmp_path / "two"), metrics(one_process(stage))
+    assert ours["loss_scale"] == [65536.0] * 4
+    assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-3)
+    assert ours["loss"] != reference["loss"], "nothing was computed in fp16"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compiling_changes_nothing(world, one_process, strategy, tmp_path) -> None:
@@ -293,17 +367,9 @@ def test_compiling_changes_nothing(world, one_process, strategy, tmp_path) -> No
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_killed_run_continues(world, strategy, stage, more, tmp_path) -> None:
     """From the checkpoint in the middle to the same end."""
-    output, before = tmp_path / "two", tmp_path / "before"
-    run_with(world, stage, strategy, output, *more)
-    shutil.copytree(output, before)
-    shutil.rmtree(output / "checkpoint-4")  # as it was when killed in step 3
-    for name in ("config.json", "adapter_config.json", "training_complete.json"):
-        (output / name).unlink(missing_ok=True)
-    for path in output.glob("*.safetensors"):
-        path.unlink()
-    assert "continued from" in run_with(world, stage, strategy, output, *more)
-    assert (output / "metrics.jsonl").read_bytes() == (before / "metrics.jsonl").read_bytes()
-    assert all(torch.equal(weights(output)[name], value) for name, value in weights(before).items())
+    run = partial(run_with, world, stage, strategy, tmp_path / "two", *more)
+    run()
+    assert_continues(run, tmp_path / "two")
 
 
 # --- two nodes ----------------------------------------------------------------------------------------------------
