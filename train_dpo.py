@@ -45,7 +45,7 @@ from smolkit.preference_trainer import PreferenceTrainer, ReferenceCheck
 from smolkit.preferences import content_hash, describe_lengths, reference_file, side_lengths
 from smolkit.progress import watch
 from smolkit.runs import Job, load_on_every_process, open_job
-from smolkit.runtime import prepare
+from smolkit.runtime import prepare, product_dtype
 from smolkit.shards import tokenized
 from smolkit.training import finish
 
@@ -112,7 +112,8 @@ def build_models(
 def reference_cache(stage: DpoArguments, job: Job, sources: list[str], max_length: int) -> Callable[[Dataset], Path]:
     """Where the log-probabilities of a reference made of `sources` are kept for these rows and settings."""
     directory = Path(stage.data_cache_dir or default_cache_dir())
-    settings = {"dtype": str(job.dtype), "max_length": max_length, "ld_alpha": job.args.ld_alpha, "qlora": stage.qlora}
+    dtypes = {"dtype": str(job.dtype), "products": str(product_dtype(job.args.mixed_precision, job.dtype))}
+    settings = dtypes | {"max_length": max_length, "ld_alpha": job.args.ld_alpha, "qlora": stage.qlora}
     return lambda rows: reference_file(directory, content_hash(sources, rows, **settings))
 
 
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_reference=reference_cache(stage, job, [reference_path, *([adapter] if adapter else [])], max_length),
         packing=stage.packing,
     )
-    trainer.add_callback(ReferenceCheck(trainer, torch.bfloat16 if args.bf16 else job.dtype))
+    trainer.add_callback(ReferenceCheck(trainer, product_dtype(args.mixed_precision, job.dtype)))
     job.begin()
     trainer.train(resume_from_checkpoint=job.checkpoint)
     facts = {"started from": stage.model_path, "data": f"{len(pairs):,} pairs", "loss": loss, "beta": args.beta}

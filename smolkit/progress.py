@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -21,9 +20,8 @@ from smolkit.errors import UserError, writing
 from smolkit.files import atomic_writer, read_lines
 from smolkit.hardware import Peak, memory_used, peak
 from smolkit.run_report import METRICS, RUN_FILES, SAMPLES, TIMING
+from smolkit.runtime import product_dtype
 from smolkit.samples import Samples, read_prompts
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def watch(stage: StageArguments, tokenizer: PreTrainedTokenizerFast, config: SmolConfig, chat: bool) -> "Progress":
@@ -72,7 +70,7 @@ class Progress(TrainerCallback):
         if self.writes:
             for name in RUN_FILES:
                 self.tokens = max(self.tokens, _cut_back(self.directory / name, state.global_step))
-            self.dtype = _DTYPES.get(args.mixed_precision, next(model.parameters()).dtype)
+            self.dtype = product_dtype(args.mixed_precision, next(model.parameters()).dtype)
             self.peak = peak(self.device, self.dtype, self.peak_tflops)
             print(f"MFU is measured against {self.peak} per process", flush=True)
             if not args.disable_tqdm:

@@ -159,6 +159,11 @@ def supports_bf16(device: torch.device | None = None) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def product_dtype(mixed_precision: str, weights: torch.dtype) -> torch.dtype:
+    """What products are computed in: `no | bf16 | fp16`, as accelerate says it, or the dtype of the weights."""
+    return _DTYPES.get(mixed_precision, weights)
+
+
 def compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
     """`auto | bf16 | fp16 | fp32` → dtype; `auto` is bf16 where the device (None: the default) has it, else fp32.
 

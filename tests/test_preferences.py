@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_the_reference_is_kept_by_content(home, tmp_path, capsys) -> None:
     run(train_dpo.main, home, tmp_path / "c", f"{again} --model_path {home}/moe")
     run(train_dpo.main, home, tmp_path / "d", f"{again} --max_length 96")
     assert len(kept()) == 3
+
+
+def test_the_reference_is_rounded_as_the_policy_is(home, tmp_path, capsys) -> None:
+    """Under autocast, too: nothing but ln 2 before step 1. In fp32 it is another one, of the same weights."""
+    line = f"--model_path {home}/dense --data_cache_dir {tmp_path}/cache"
+    for name, more in (("bf16", "--bf16 true"), ("fp32", "")):
+        output = run(train_dpo.main, home, tmp_path / name, f"{line} {more}")
+        text = capsys.readouterr().out
+        assert "log-probabilities are those of" not in text
+        assert float(re.search(r"largest log-ratio (\S+)\)", text).group(1)) < 1e-5
+        assert metrics(output)[0] == pytest.approx(np.log(2), rel=1e-6)
 
 
 def test_the_hash_covers_all_it_depends_on(home, tmp_path) -> None:
