@@ -312,8 +312,8 @@ def in_fp16(strategy: str, tmp_path: Path, patch: pytest.MonkeyPatch, scale: flo
     return {"worker": [Path("tests/fp16_worker.py")], "PYTHONPATH": str(ROOT), "SCALE": str(scale)}
 
 
-# The quick suite has one of accelerate's and one of DeepSpeed's loss scalers.
-FP16 = [pytest.param(name, marks=[] if name in ("ddp", "zero2") else pytest.mark.slow) for name in STRATEGIES]
+# The quick suite has DeepSpeed's loss scaler here and accelerate's in test_resume.py.
+FP16 = [pytest.param(name, marks=[] if name == "zero2" else pytest.mark.slow) for name in STRATEGIES]
 
 
 @pytest.mark.parametrize("strategy", FP16)
