@@ -41,7 +41,7 @@ from smolkit.model_card import prepared_datasets, write_card
 from smolkit.parallel import fsdp_version
 from smolkit.reporters import WANDB_RUN, join_wandb_run
 from smolkit.run_report import REPORT_FILES, RUN_FILES, write_report
-from smolkit.runtime import compute_dtype, supports_bf16
+from smolkit.runtime import compute_dtype, product_dtype, supports_bf16
 from smolkit.shards import checksum, token_store
 
 SETTINGS_FILE = "run_settings.json"  # what the run was started with; changed settings are refused
@@ -277,7 +277,7 @@ def weights_dtype(name: str, args: RunArguments) -> torch.dtype:
 
 def slow_arithmetic(dtype: torch.dtype, args: RunArguments) -> list[str]:
     """A word where bf16 was asked for and the device computes it in software."""
-    if (dtype != torch.bfloat16 and args.mixed_precision != "bf16") or supports_bf16(args.device):
+    if product_dtype(args.mixed_precision, dtype) != torch.bfloat16 or supports_bf16(args.device):
         return []
     return ["this device has no instructions for bf16 and computes it many times slower than fp32: leave out --bf16"]
 

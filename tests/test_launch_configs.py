@@ -154,6 +154,18 @@ def test_deepspeed_wants_a_launcher(tmp_path, monkeypatch) -> None:
         command_line.parse(STAGES["train_pretrain.py"], line.split(), "")
 
 
+@pytest.mark.parametrize("stage", ["train_pretrain.py", "train_full_sft.py", "train_lora.py", "train_dpo.py"])
+def test_fp16_wants_a_gpu(stage, tmp_path, monkeypatch) -> None:
+    """Asked for by the flag or by a launcher, which tells it to accelerate in the environment."""
+    start = {"train_pretrain.py": "--model_size tiny", "train_dpo.py": "--model_path x"}.get(stage, "--base_model x")
+    line = f"--data_path x {start} --output_dir {tmp_path}/out --use_cpu true"
+    with pytest.raises(UserError, match="^--fp16 needs a GPU; on a CPU leave it out"):
+        command_line.parse(STAGES[stage], [*line.split(), "--fp16", "true"], "")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="^the launcher's --mixed_precision fp16 needs a GPU"):
+        command_line.parse(STAGES[stage], line.split(), "")
+
+
 def test_weights_are_fp32_where_something_else_has_the_masters(tmp_path, monkeypatch) -> None:
     """bf16 weights without masters would lose small updates; under an accelerate file only the environment tells."""
     args = command_line.PretrainTrainingArguments(output_dir=str(tmp_path), max_steps=1)

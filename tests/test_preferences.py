@@ -120,7 +120,7 @@ def test_the_reference_is_kept_by_content(home, tmp_path, capsys) -> None:
 
 
 def test_the_reference_is_rounded_as_the_policy_is(home, tmp_path, capsys) -> None:
-    """Under autocast, too: nothing but ln 2 before step 1. In fp32 it is another one, of the same weights."""
+    """Kept for bf16 and for fp32 apart, though the weights are the same: both begin at ln 2."""
     line = f"--model_path {home}/dense --data_cache_dir {tmp_path}/cache"
     for name, more in (("bf16", "--bf16 true"), ("fp32", "")):
         output = run(train_dpo.main, home, tmp_path / name, f"{line} {more}")
