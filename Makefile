@@ -88,5 +88,5 @@ lint: setup
 
 # Generated files only; the environment stays (remove $(VENV) by hand to start anew).
 clean:
-	rm -rf out data/pretrain data/sft data/dpo data/lora data/exam .pytest_cache .ruff_cache .mypy_cache
+	rm -rf out output data/pretrain data/sft data/dpo data/lora data/exam .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,12 +1,12 @@
 """A page to compare models in the browser: same prompt, two models side by side, tool calls, token probabilities.
 
     python app.py --models base=out/quickstart/pretrain sft=out/quickstart/sft dpo=out/quickstart/dpo
-    python app.py --models mine=out/quickstart/dpo http://127.0.0.1:8000/v1 --tools data/exam/tools.json
+    python app.py --models mine=out/quickstart/dpo http://127.0.0.1:8000/v1 --tools out/quickstart/data/exam/tools.json
 
 A model is a checkpoint or PEFT adapter directory, hf://OWNER/NAME, or the URL of an OpenAI-compatible server, with a
 name before it if you like. Without --models: those of the environment variable SMOLLM_MODELS (separated by spaces; this
-is how a Hugging Face Space is told), else the newest checkpoint under out/. The page is in English or Chinese, as the
-browser prefers. It needs gradio: pip install -r requirements-app.txt
+is how a Hugging Face Space is told), else the newest checkpoint under out/ and output/. The page is in English or
+Chinese, as the browser prefers. It needs gradio: pip install -r requirements-app.txt
 """
 
 import argparse

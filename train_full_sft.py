@@ -1,7 +1,7 @@
 """Fine-tune all weights of a model on conversations (supervised fine-tuning).
 
-  python train_full_sft.py --data_path data/sft/sft_data.jsonl --base_model output/pretrain --output_dir
-  output/sft
+  python train_full_sft.py --data_path data/sft/sft_data.jsonl --base_model output/pretrain \\
+      --output_dir output/sft
 
 Rows are {"messages": [{"role", "content"}, ...], "tools"?: [...]}; the loss is on assistant tokens only, the
 end token included. Whole conversations are packed into rows of --max_length tokens and never attend to each

@@ -56,7 +56,9 @@ def diagnose(rows: Sequence[dict[str, Any]], setting: Setting | None = None) -> 
 
 
 def _broken(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-    bad = [row["step"] for row in rows if isinstance(row.get("loss"), float) and not math.isfinite(row["loss"])]
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    # null in our own files (JSON has no NaN), NaN in those of other trainers
+    bad = [step for step, loss in losses if loss is None or isinstance(loss, float) and not math.isfinite(loss)]
     if bad:
         yield Finding(
             "problem",

@@ -6,6 +6,7 @@ a checkpoint by cutting the files back to its step.
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -105,7 +106,8 @@ class Progress(TrainerCallback):
         metrics = {"step": state.global_step}
         timing = {"step": state.global_step}
         for name, value in logs.items():
-            (timing if any(part in name for part in self._TIMING) else metrics)[name] = value
+            finite = not isinstance(value, float) or math.isfinite(value)
+            (timing if any(part in name for part in self._TIMING) else metrics)[name] = value if finite else None
         if "loss" in logs:
             self.tokens = metrics["tokens"] = self.tokens + logs["tokens"]
             speed = self._speed(now - self.last_time, logs["tokens"] - self.continued_tokens, state)
@@ -171,7 +173,7 @@ class Progress(TrainerCallback):
 
 def _append(path: Path, row: dict[str, Any]) -> None:
     with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _cut_back(path: Path, step: int) -> int:

@@ -1,5 +1,6 @@
 """Benchmarks at a toy size: do all sides compute the same thing, and are the figures what they say? Never: how fast."""
 
+import dataclasses
 import json
 import math
 
@@ -254,6 +255,24 @@ def test_the_stages_report_compares_scripts_with_the_bare_step_and_with_trl(caps
         assert len(stage["loss"]["script"]) == 2 and stage["loss"]["largest_difference"] < 1e-4
 
 
+@pytest.mark.slow
+def test_the_stages_report_takes_your_texts_and_tokenizer(capsys, tmp_path, run_script) -> None:
+    """Texts that are all the same are learned in 20 steps; the tiny world begins at 7."""
+    from benchmarks import stages
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text((json.dumps({"text": "one two three four " * 40}) + "\n") * 40)
+    train = ["train_tokenizer.py", "--mode", "train", "--vocab_size", 300, "--data_path", texts]
+    run_script(*train, "--save_dir", tmp_path / "tokenizer")
+    words = f"--stages pretrain --against peer --rounds 1 --steps 15 --fp32 --batch 2 64 --pretrain_data {texts}"
+    stages.main([*words.split(), "--tokenizer", str(tmp_path / "tokenizer")])
+    report = json.loads(capsys.readouterr().out)["stages"]["pretrain"]
+    assert (report["rows"], report["tokens_of_a_row"]) == (2, 64)
+    assert set(report["tokens_per_second"]) == {"script", "peer"} and "target" not in report
+    assert report["loss"]["largest_difference"] < 1e-4
+    assert report["loss"]["script"][-1] < 3
+
+
 def test_another_toolkits_speed_is_read_from_its_log(tmp_path) -> None:
     """LLaMA-Factory logs all tokens and their mean speed since the start; here a stand-in does."""
     from benchmarks import stages
@@ -271,7 +290,8 @@ def test_another_toolkits_speed_is_read_from_its_log(tmp_path) -> None:
         """
     )
     program.chmod(0o755)
-    speed = stages.measure_llama_factory(str(tmp_path), 10, False, str(program))
+    job = stages.Job(tmp_path, "sft", 10, False, 2, 512)
+    speed = stages.measure_llama_factory(job, str(program))
     assert speed == {"tokens_per_second": pytest.approx((70 + 60) / 2)}
     with pytest.raises(RuntimeError, match="exited with 7"):
-        stages.measure_llama_factory(str(tmp_path), 10, True, str(program))
+        stages.measure_llama_factory(dataclasses.replace(job, fp32=True), str(program))

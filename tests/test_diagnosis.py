@@ -87,8 +87,9 @@ def test_spikes_are_counted_and_named() -> None:
         rows[i]["loss"] += 2.5
     (finding,) = [f for f in diagnose(rows).findings if f.code == "loss_spikes"]
     assert finding.level == "warning" and "2 times (step 310, 460; highest 4." in finding.text
-    rows[-1]["loss"] = float("nan")
-    assert codes(rows)["non_finite"] == "problem"
+    for nothing in (float("nan"), None):
+        rows[-1]["loss"] = nothing
+        assert codes(rows)["non_finite"] == "problem"
 
 
 @pytest.mark.parametrize(

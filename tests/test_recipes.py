@@ -62,3 +62,18 @@ def test_a_recipe_trains_a_few_steps(recipe, world, tmp_path) -> None:
     assert losses[-1] < losses[0]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("num_local_experts") == ({"moe": 8, "moe-30b-a7b": 16}.get(recipe.stem))
+
+
+@pytest.mark.parametrize(
+    "name", ["base-7b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moe", "moe-30b-a7b"))]
+)
+def test_what_a_recipe_says_to_type_trains_in_16_bits(name, run_script) -> None:
+    """The command at the top of a recipe for DeepSpeed, which does not choose bf16 itself; planned by one process."""
+    lines = next(path for path in RECIPES if path.stem == name).read_text().replace(" \\\n#", "").splitlines()
+    command = next(line for line in lines if "--deepspeed" in line)
+    flags = command.partition("train_pretrain.py")[2].split()
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611")
+    result = run_script("train_pretrain.py", *flags, "--dry_run", "--plan_format", "json", env=alone)
+    plan = json.loads(result.stdout[result.stdout.index("{") :])
+    assert plan["memory"]["asked"] == "zero-3-offload"
+    assert not any("float32" in warning for warning in plan["warnings"])

@@ -369,7 +369,9 @@ def test_fp16_halves_its_scale_until_it_cannot(world, tmp_path) -> None:
         job(world, "sft", tmp_path / "skip", *fp16, "--skip_nonfinite", "1", fault={"nan_at": [5], "fp16": 4.0}),
     ]
     results = execute(tmp_path, plan, [0, 2, 2, 0])
-    scales = [row["loss_scale"] for row in rows(tmp_path / "halved") if "loss" in row]
+    logged = [row for row in rows(tmp_path / "halved") if "loss" in row]
+    assert [row["step"] for row in logged if row["grad_norm"] is None] == [5, 6], "null: JSON has no NaN"
+    scales = [row["loss_scale"] for row in logged]
     assert scales[:6] == [4.0] * 4 + [2.0, 1.0] and set(scales[6:]) == {1.0}
     assert "the gradient norm is nan at step 6 (every loss is finite); nothing was updated" in results[1]["output"]
     assert "the loss is nan at step 5" in results[2]["output"]

@@ -338,7 +338,7 @@ def test_fp16_scales_its_losses(world, strategy, tmp_path, monkeypatch) -> None:
     run = partial(run_with, world, "pretrain", strategy, tmp_path / "two", *words, "--fp16", "true", **worker)
     run()
     found = metrics(tmp_path / "two")
-    skipped = [not math.isfinite(norm) for norm in found["grad_norm"]]
+    skipped = [norm is None for norm in found["grad_norm"]]
     assert skipped[:3] == [True] * 3 and skipped.count(False) > 4, found["grad_norm"]
     assert found["loss_scale"] == [2.0 ** (power - sum(skipped[: step + 1])) for step in range(steps)]
 
@@ -348,10 +348,8 @@ def test_fp16_scales_its_losses(world, strategy, tmp_path, monkeypatch) -> None:
         train_pretrain.main([*arguments(world, "pretrain", tmp_path / "one", 4), *words])
     reference = metrics(tmp_path / "one")
     assert found["loss"] == pytest.approx(reference["loss"], rel=1e-3) and found["loss"] != reference["loss"]
-    norms = [math.nan if out else norm for out, norm in zip(skipped, reference["grad_norm"], strict=True)]
-    assert [norm if math.isfinite(norm) else math.nan for norm in found["grad_norm"]] == pytest.approx(
-        norms, rel=1e-2, nan_ok=True
-    )
+    norms = [None if out else norm for out, norm in zip(skipped, reference["grad_norm"], strict=True)]
+    assert found["grad_norm"] == pytest.approx(norms, rel=1e-2)
     saved = weights(tmp_path / "two")["model.layers.0.mlp.up_proj.weight"]
     assert saved.dtype == torch.float32 and not torch.equal(saved, saved.half().float()), "fp16 weights"
 
