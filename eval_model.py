@@ -1,8 +1,9 @@
 """Evaluate a checkpoint or a server: figures with confidence intervals, in metrics.json and as a table.
 
-    python eval_model.py --model_path out/quickstart/sft --exam data/exam/exam.jsonl
-    python eval_model.py --model_path out/quickstart/dpo --exam data/exam/exam.jsonl --check_transformers \\
-        --preferences data/dpo/validation/dpo_data.jsonl --text data/pretrain/validation/pretrain_data.jsonl
+    python eval_model.py --model_path out/quickstart/sft --exam out/quickstart/data/exam/exam.jsonl
+    python eval_model.py --model_path out/quickstart/dpo --exam out/quickstart/data/exam/exam.jsonl \\
+        --preferences out/quickstart/data/dpo/validation/dpo_data.jsonl --check_transformers \\
+        --text out/quickstart/data/pretrain/validation/pretrain_data.jsonl
     python eval_model.py --endpoint http://127.0.0.1:8000/v1 --generation tasks.jsonl --output_dir out/eval
     python eval_model.py --model_path DIR --lm_eval hellaswag,arc_easy --limit 100 --fail_below hellaswag_acc_norm=30
     python eval_model.py --compare out/quickstart/sft out/quickstart/dpo
@@ -42,9 +43,10 @@ NOT_SETTINGS = ("api_key", "output_dir", "compare", "compare_with", "fail_below"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the files hold; empty where nothing was given. Tasks by file."""
+    """What the files hold; empty where nothing was given. Tasks by file, `others` the answers to compare with."""
 
     items: list[Record]
+    others: list[exam.Given]
     pairs: list[Record]
     texts: list[str]
     choices: dict[Path, list[Record]]
@@ -55,13 +57,16 @@ def read(args: argparse.Namespace) -> Inputs:
     """Read everything first: a bad file should not be found out after minutes of work."""
     limit = args.max_items
     remedy = "the README has the format"
+    items = exam.read_exam(args.exam, args.kinds, limit) if args.exam else []
     inputs = Inputs(
-        exam.read_exam(args.exam, args.kinds, limit) if args.exam else [],
+        items,
+        exam.read_answers(args.compare_with, items) if args.compare_with else [],
         list(itertools.islice(read_dpo(args.preferences), limit)) if args.preferences else [],
         likelihoods.read_texts(args.text, limit) if args.text else [],
         {path: read_records(path, likelihoods.problem_of_choice, remedy)[:limit] for path in args.multiple_choice},
         {path: read_records(path, generation.problem_of_task, remedy)[:limit] for path in args.generation},
     )
+    generation.check_hints(args.preferences, inputs.pairs)
     if args.lm_eval:
         harness.require_harness()
     for warning in glance([path for path in (args.preferences, args.text) if path], mixed=True):
@@ -98,11 +103,12 @@ def check_lengths(args: argparse.Namespace, inputs: Inputs, subject: Subject) ->
         lengths.check_rows(path, rows, partial(likelihoods.choice_rows, tokenizer, chat=args.chat), subject)
 
 
-def run_exam(args: argparse.Namespace, subject: Subject, items: list[Record], output_dir: Path) -> Results:
+def run_exam(args: argparse.Namespace, subject: Subject, inputs: Inputs, output_dir: Path) -> Results:
+    items = inputs.items
     answers = exam.take_exam(items, subject, args.max_new_tokens)
     results = exam.exam_results(items, answers)
     if args.compare_with:
-        results.include(exam.same_answers(answers, exam.read_answers(args.compare_with)))
+        results.include(exam.same_answers(answers, inputs.others))
     if args.check_transformers:
         assert isinstance(subject, LocalModel), "a server has no directory to load"
         place = (subject.model.dtype, subject.model.device)
@@ -145,7 +151,7 @@ def measure(args: argparse.Namespace, inputs: Inputs, subject: Subject, output_d
         results.include(found, path.name, data_checksum(path))  # the name alone: cards are for others to read
 
     if inputs.items:
-        include(run_exam(args, subject, inputs.items, output_dir), args.exam)
+        include(run_exam(args, subject, inputs, output_dir), args.exam)
     if inputs.pairs:
         include(run_preferences(args, subject, inputs.pairs, output_dir), args.preferences)
     if inputs.texts:

@@ -238,6 +238,49 @@ def test_leaks_of_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert [codes(report) for report in result["files"]] == [[(2, "leak")], [(1, "leak")], [(2, "leak")], []]
 
 
+TRAINED = ("sft", "dpo")
+HELD_OUT = ("sft/validation", "dpo/validation", "exam")
+
+
+def asking(kind: str, prompt: str) -> dict:
+    """A row of a kind ("sft/validation" is one of "sft") that asks `prompt`, each with another answer."""
+    if kind.startswith("dpo"):
+        return {"prompt": prompt, "chosen": "A baker.", "rejected": "No idea."}
+    return sft(prompt, "Baker.") if kind.startswith("sft") else {"messages": [turn("user", prompt)], "answer": "baker"}
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("held_out", HELD_OUT)
+def test_a_prompt_leaks_into_every_kind_of_held_out_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture, trained: str, held_out: str
+) -> None:
+    asked, files = "What is the job of Nora?", []
+    for kind in TRAINED:
+        rows = [asking(kind, "Who is Ada?"), *([asking(kind, asked)] if kind == trained else [])]
+        files.append(write(tmp_path / kind / "a.jsonl", *rows))
+    kept = write(tmp_path / held_out / "a.jsonl", asking(held_out, asked))
+    files += [kept] if held_out == "exam" else []  # the other two are found beside what is trained on
+    found = {report["path"]: codes(report) for report in machine(capsys, *files)["files"]}
+    assert found.pop(str(tmp_path / trained / "a.jsonl")) == [(2, "leak")]
+    assert not any(found.values())
+
+
+def test_a_prompt_may_be_trained_on_in_two_stages_and_held_out_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    files = [write(tmp_path / kind / "a.jsonl", asking(kind, "What is the job of Nora?")) for kind in TRAINED]
+    write(tmp_path / "sft" / "validation" / "a.jsonl", asking("sft", "Who is Ada?"))
+    assert machine(capsys, *files)["warnings"] == 0
+    held_out = [write(tmp_path / kind / "a.jsonl", asking(kind, "Where is Rome?")) for kind in HELD_OUT]
+    assert machine(capsys, *files, *held_out)["warnings"] == 0
+
+
+def test_a_document_is_no_prompt(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = write(tmp_path / "p.jsonl", {"text": "Where is Rome?"})
+    exam = write(tmp_path / "exam.jsonl", asking("exam", "Where is Rome?"))
+    assert machine(capsys, text, exam)["warnings"] == 0
+
+
 # --- whole files --------------------------------------------------------------------------------------------
 
 

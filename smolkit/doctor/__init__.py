@@ -7,7 +7,8 @@ Rows (schemas in data/README.md):
     pretrain  {"text": str, "category"?: str}
     sft       {"messages": [{"role", "content", "tool_calls"?}...], "tools"?: [...]}
     dpo       {"prompt": str | messages, "chosen": str | messages, "rejected": str | messages}
-    exam      {"messages": [...], "answer": str | {"name", "arguments"} | list of these, "tools"?: [...]}
+    exam      {"messages": [...], "answer": str | [str, ...] | call | [call, ...], "tools"?: [...]}
+Of several texts each is accepted, of several calls {"name", "arguments"} all are wanted, in order.
 """
 
 from smolkit.doctor.rows import (
@@ -19,15 +20,18 @@ from smolkit.doctor.rows import (
     check_dpo,
     check_exam,
     check_pretrain,
+    check_question,
     check_sft,
     expand_paths,
     judged_rows,
     kind_of,
+    parse_line,
     read_dpo,
     read_pretrain,
     read_sft,
     read_texts,
     validation_path,
+    wanted_calls,
 )
 
 __all__ = [
@@ -39,13 +43,16 @@ __all__ = [
     "check_dpo",
     "check_exam",
     "check_pretrain",
+    "check_question",
     "check_sft",
     "expand_paths",
     "judged_rows",
     "kind_of",
+    "parse_line",
     "read_dpo",
     "read_pretrain",
     "read_sft",
     "read_texts",
     "validation_path",
+    "wanted_calls",
 ]

@@ -46,7 +46,7 @@ KEPT = 10_000  # findings of a severity kept per file: a file of the wrong kind 
 GLANCE_WHOLE = 1 << 20  # bytes; files up to this size are read whole by a glance
 GLANCE_FILES, GLANCE_ROWS = 16, 32
 
-HeldOut = dict[tuple[str, bytes], tuple[Path, int]]  # (kind, hash of a prompt) -> where it is held out
+HeldOut = dict[tuple[str, bytes], tuple[Path, int]]  # ("text" or "prompt", its hash) -> where it is held out
 
 
 @dataclass
@@ -196,8 +196,8 @@ def is_held_out(path: Path, kind: str | None) -> bool:
 
 
 def prompt_key(kind: str, row: Row) -> tuple[str, bytes]:
-    """What two rows share when one leaks into the other, whatever the white space: the text of a document, or
-    of the messages before the first reply, system message aside."""
+    """What two rows share when one leaks into the other, whatever the white space: the text of a document, or of
+    the messages before the first reply, system message aside, be it a conversation's, a pair's or an exam item's."""
     if kind == "pretrain":
         texts = [row["text"]]
     else:
@@ -208,7 +208,7 @@ def prompt_key(kind: str, row: Row) -> tuple[str, bytes]:
             if message["role"] != "system":
                 texts.append(message["content"])
     digest = hashlib.blake2b(" ".join(" ".join(texts).split()).encode(), digest_size=8)
-    return ("sft" if kind == "exam" else kind), digest.digest()
+    return ("text" if kind == "pretrain" else "prompt"), digest.digest()
 
 
 def held_out_files(paths: Iterable[Path], kind: str | None = None) -> list[Path]:

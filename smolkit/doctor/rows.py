@@ -306,7 +306,17 @@ def check_dpo(row: Row) -> Row:
 
 
 def check_exam(row: Row) -> Row:
-    """The row, if it asks something and names the accepted answer or answers; else `UserError`."""
+    """The row, if it asks something and names what is wanted; else `UserError` (without file and line).
+
+    An exam needs more (`id`, `kind`, `language`), for which eval_model.py asks: a task of its --generation is such a
+    row, too."""
+    check_question(row)
+    wanted_calls(_field(row, "answer"))
+    return row
+
+
+def check_question(row: Row) -> None:
+    """`UserError` unless `messages` is a conversation that waits for a reply, and `tools`, if any, are tools."""
     messages = _field(row, "messages")
     validate_messages(messages)
     if messages[-1]["role"] not in ("user", "tool"):
@@ -314,15 +324,42 @@ def check_exam(row: Row) -> Row:
         raise UserError(text, "order")
     if row.get("tools") is not None:
         validate_tools(row["tools"])
-    answer = _field(row, "answer")
-    if not answer or not all(isinstance(each, (str, dict)) for each in _as_list(answer)):
-        text = "'answer' must be a text, a call {'name', 'arguments'} or a list of accepted ones — correct it"
-        raise UserError(text, "field")
-    return row
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def wanted_calls(answer: Any) -> list[Row]:
+    """The calls `{"name", "arguments": dict}` of an `answer` that is one, or a list of all that are wanted, in their
+    order; none where it is a text or a list of accepted ones. `UserError` for anything else."""
+    each = answer if isinstance(answer, list) else [answer]
+    if each and all(isinstance(one, dict) for one in each):
+        return [_wanted_call(one) for one in each]
+    if not each or not all(isinstance(one, str) and one.strip() for one in each):
+        text = "answer must be a text, a call {'name', 'arguments'}, a list of accepted texts or a list of wanted calls"
+        raise UserError(f"{text}, got {_short(answer)} — correct it", "field")
+    for one in each:
+        _check_encodable(one, "answer")
+    return []
+
+
+def _wanted_call(call: Row) -> Row:
+    name, arguments = call.get("name"), call.get("arguments")
+    if not isinstance(name, str) or arguments is None:
+        text = f"the answer is a tool call without name or arguments: {_short(call)}"
+        raise UserError(f"{text} — write {{'name': …, 'arguments': {{…}}}}", "tool_call")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        text = f"arguments of the answer's tool call must be a JSON object or its text, got {_short(call['arguments'])}"
+        raise UserError(f"{text} — write one", "tool_call")
+    _check_encodable(json.dumps(call, ensure_ascii=False, default=str), "answer")
+    return {"name": name, "arguments": arguments}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _answer(value: Any, name: str, prompt: list[Row]) -> list[Row]:
@@ -376,11 +413,11 @@ def _field(row: Row, name: str) -> Any:
     return row[name]
 
 
-def _check_encodable(text: str) -> None:
+def _check_encodable(text: str, where: str = "'text'") -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        text = f"'text' has an unpaired surrogate at character {error.start} — remove the character"
+        text = f"{where} has an unpaired surrogate at character {error.start} — remove the character"
         raise UserError(text, "not_utf8") from None
 
 

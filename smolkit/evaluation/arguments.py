@@ -10,6 +10,18 @@ from smolkit.evaluation.subjects import BATCH_SIZE
 
 MEASUREMENTS = ("exam", "preferences", "text", "multiple_choice", "generation", "lm_eval")
 NEED_LOG_PROBS = ("preferences", "text", "multiple_choice")
+# Settings and who reads them: without one of these a setting would be taken and ignored.
+READERS = {
+    "num_fewshot": ("lm_eval",),
+    "lm_eval_include_path": ("lm_eval",),
+    "chat": ("multiple_choice", "lm_eval"),
+    "context": ("text",),
+    "temperature": ("preferences",),
+    "max_new_tokens": ("exam", "generation", "preferences"),
+    "model": ("endpoint",),
+    "concurrency": ("endpoint",),
+    "api_key": ("endpoint",),
+}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -86,9 +98,9 @@ def _add_uses(group: argparse._ArgumentGroup) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """UserError for what does not go together, before anything is read; limits become numbers."""
+    given = _given(args)
     if args.compare:
-        unset = vars(parser(None).parse_args([]))
-        others = [name for name, value in vars(args).items() if name != "compare" and value != unset[name]]
+        others = [name for name in given if name != "compare"]
         if len(args.compare) < 2 or others:
             found = f", not --{others[0]}" if others else ""
             raise UserError(f"--compare A B ... takes two or more evaluated directories and nothing else{found}")
@@ -114,8 +126,26 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.context is not None and args.context < 2:
         raise UserError(f"--context {args.context}: a window needs at least 2 tokens")
+    _check_readers(args, given)
+    if args.output_dir and (taken := [path for path in (args.output_dir, *args.output_dir.parents) if path.is_file()]):
+        raise UserError(f"--output_dir {args.output_dir}: {taken[0]} is a file: name a directory")
     args.fail_below = read_limits(args.fail_below, "--fail_below")
     args.fail_above = read_limits(args.fail_above, "--fail_above")
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    """The options that differ from their defaults."""
+    unset = vars(parser(None).parse_args([]))
+    return [name for name, value in vars(args).items() if value != unset[name]]
+
+
+def _check_readers(args: argparse.Namespace, given: list[str]) -> None:
+    """UserError for the first setting that nothing of what is asked would read."""
+    for name in given:
+        readers = READERS.get(name)
+        if readers and not any(getattr(args, reader) for reader in readers):
+            wanted = " or ".join(f"--{reader}" for reader in readers)
+            raise UserError(f"--{name} is for {wanted}, which is not given: add it or leave --{name} out")
 
 
 def _check_names(args: argparse.Namespace) -> None:
@@ -131,7 +161,7 @@ def _check_names(args: argparse.Namespace) -> None:
 
 
 def _check_endpoint(args: argparse.Namespace, asked: list[str]) -> None:
-    local = [name for name in ("adapter", "device", "check_transformers") if getattr(args, name)]
+    local = [name for name in ("adapter", "device", "batch_size", "check_transformers") if getattr(args, name)]
     if local or args.implementation != "smol" or args.dtype != "fp32":
         wrong = local or ["implementation, --dtype"]
         raise UserError(f"--{wrong[0]} is for --model_path: a server decides that itself")

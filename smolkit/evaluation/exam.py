@@ -1,7 +1,8 @@
 """Exams: questions with one right reply, judged exactly; tool calls argument by argument.
 
 An exam is a JSON Lines file of `{"id", "kind", "language", "messages", "tools"?, "answer", "chance"?}`.
-`answer` is the exact reply (or a list of accepted replies), or `{"name", "arguments"}` for a tool call.
+`answer` is the exact reply (or a list of accepted ones), or `{"name", "arguments"}` for a tool call (or a list of the
+calls that a reply has to make, in this order).
 Replies are greedy, so that two implementations of the same weights can be compared token by token.
 """
 
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolkit.chat import parse_tool_calls
+from smolkit.doctor import check_exam, wanted_calls
 from smolkit.errors import UserError
 from smolkit.evaluation.records import Record, missing, read_records
 from smolkit.evaluation.results import RESERVED, Results
 from smolkit.evaluation.subjects import Prompt, Subject
 from smolkit.evaluation.texts import refuses
 from smolkit.files import read_lines
+
+LABELS = ("kind", "language")
 
 
 def read_exam(path: Path, kinds: Sequence[str] | None = None, limit: int | None = None) -> list[dict]:
@@ -31,12 +35,25 @@ def read_exam(path: Path, kinds: Sequence[str] | None = None, limit: int | None 
 
 def problem_of_item(item: Record) -> str | None:
     """What is wrong with an exam item, or None."""
-    problem = missing(item, "id", "kind", "language", "messages", "answer")
-    if not problem and item["kind"] in RESERVED:
-        problem = f"kind {item['kind']!r} is a key of metrics.json: call it otherwise"
-    if not problem and not isinstance(item["answer"], (str, list, dict)):
-        problem = "answer must be a text, a list of texts or a call"
+    problem = missing(item, "id", "kind", "language", "messages", "answer") or _problem_of_labels(item)
+    try:
+        if not problem:
+            check_exam(item)
+    except UserError as error:
+        problem = str(error)
     return f"exam item: {problem}" if problem else None
+
+
+def _problem_of_labels(item: Record) -> str | None:
+    """What is wrong with what the figures are named by, or None."""
+    for key, types, wanted in (("id", (str, int), "a text or a number"), *((k, (str,), "a text") for k in LABELS)):
+        if not isinstance(item[key], types) or isinstance(item[key], bool) or item[key] == "":
+            return f"{key} must be {wanted}, not {item[key]!r}"
+    chance = item.get("chance", 0)
+    if isinstance(chance, bool) or not isinstance(chance, (int, float)) or not 0 <= chance <= 1:
+        return f"chance must be a number from 0 to 1, not {chance!r}"
+    kind = item["kind"]
+    return f"kind {kind!r} is a key of metrics.json: call it otherwise" if kind in RESERVED else None
 
 
 @dataclass(frozen=True)
@@ -81,18 +98,19 @@ def take_exam(items: list[dict], subject: Subject, max_new_tokens: int) -> list[
 
 
 def judge(expected: str | list | dict, text: str) -> dict[str, bool]:
-    """Verdicts on one reply. Text: "exact". Tool call: "parses", "right_tool", "arguments_exact", each only
-    with the one before, and "exact" when there is exactly that one call and no broken one beside it."""
-    if not isinstance(expected, dict):
+    """Verdicts on one reply. Text: "exact". Tool calls: "parses", "right_tool", "arguments_exact", each only with the
+    one before and of all wanted calls in their order, and "exact" when there are exactly these calls and no broken one
+    beside them."""
+    wanted = wanted_calls(expected)
+    if not wanted:
         accepted = [expected] if isinstance(expected, str) else expected
         return {"exact": text in [answer.strip() for answer in accepted]}
     content, calls = parse_tool_calls(text)
-    arguments = expected["arguments"]
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    parses = bool(calls)
-    right_tool = parses and calls[0]["name"] == expected["name"]
-    same = right_tool and canonical(calls[0]["arguments"]) == canonical(arguments)
-    exact = same and len(calls) == 1 and "<tool_call>" not in content
+    pairs = list(zip(calls, wanted, strict=False))
+    parses = len(calls) >= len(wanted)
+    right_tool = parses and all(call["name"] == other["name"] for call, other in pairs)
+    same = right_tool and all(canonical(call["arguments"]) == canonical(other["arguments"]) for call, other in pairs)
+    exact = same and len(calls) == len(wanted) and "<tool_call>" not in content
     return {"parses": parses, "right_tool": right_tool, "arguments_exact": same, "exact": exact}
 
 
@@ -135,8 +153,7 @@ Given = tuple[str, list[int] | None, str]  # item id, token ids, text
 def same_answers(answers: list[Answer], others: list[Given]) -> Results:
     """Share of answers that equal those of another run of the same exam, token by token, or as texts where one of the
     two runs asked a server."""
-    if [answer.id for answer in answers] != [identifier for identifier, _, _ in others]:
-        raise UserError(f"the other run answered other items ({len(others)}, here {len(answers)}): use the same exam")
+    _check_same([answer.id for answer in answers], others, "the other run")
     results = Results()
     results.add(
         "same_greedy_answers",
@@ -148,15 +165,23 @@ def same_answers(answers: list[Answer], others: list[Given]) -> Results:
     return results
 
 
+def _check_same(ids: list[str], others: list[Given], whose: str) -> None:
+    if ids != [identifier for identifier, _, _ in others]:
+        raise UserError(f"{whose} answered other items ({len(others)}, here {len(ids)}): use the same exam")
+
+
 def as_given(answers: list[Answer]) -> list[Given]:
     """Answers as `same_answers` compares them."""
     return [(answer.id, answer.output_ids, answer.text) for answer in answers]
 
 
-def read_answers(path: Path) -> list[Given]:
-    """The answers in an `answers.jsonl` of another run."""
+def read_answers(path: Path, items: list[Record] | None = None) -> list[Given]:
+    """The answers in an `answers.jsonl` of another run. UserError where they are none, or not those of `items`."""
     try:
         rows = [json.loads(line) for line in read_lines(path) if line.strip()]
-        return [(row["id"], row["output_ids"], row["text"]) for row in rows]
+        answers = [(row["id"], row["output_ids"], row["text"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an answers.jsonl of eval_model.py ({error})") from None
+        raise UserError(f"{path}: not an answers.jsonl of eval_model.py --exam ({error})") from None
+    if items is not None:
+        _check_same([item["id"] for item in items], answers, f"--compare_with {path}: the other run")
+    return answers

@@ -2,26 +2,33 @@
 
 A task is a JSON Lines file of `{"id"?, "prompt" | "messages", "tools"?, "stop"?, "answer"?, "match"?, "refusal"?}`:
 `messages` is a conversation to answer, `prompt` a text to continue (up to `stop`, a text or several). `answer` is one
-accepted answer or several, or `{"name", "arguments"}` for a tool call; `match` says when a reply gives it: "exact" (all
-of the reply), "contains", "regex" (found anywhere), "number" (the last number of the reply). `refusal` says whether the
-prompt should be refused. A row without `answer` only counts for endings and diversity.
+accepted answer or several, or `{"name", "arguments"}` for a tool call (or a list of all wanted ones); `match` says when
+a reply gives it: "exact" (all of the reply), "contains", "regex" (found anywhere), "number" (the last number of the
+reply). `refusal` says whether the prompt should be refused. A row without `answer` only counts for endings and
+diversity.
 """
 
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from smolkit.chat import validate_messages, validate_tools
+from smolkit.doctor import check_question, wanted_calls
 from smolkit.errors import UserError
 from smolkit.evaluation.exam import judge
+from smolkit.evaluation.lengths import named
 from smolkit.evaluation.records import Record, identifiers
 from smolkit.evaluation.results import Results
 from smolkit.evaluation.subjects import Prompt, Reply, Subject
 from smolkit.evaluation.texts import compression_ratio, distinct, refuses, repetition
 
 MATCHES = ("exact", "contains", "regex", "number")
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?")  # the sign of 10-4 is no sign of the 4
+# The sign of 10-4 is no sign of the 4, nor the dash of 3月-5月 one of the 5; that of 答案是-4 and 2和-2 is.
+_UNITS = "年月日号周天时点分秒岁元角个页章节"
+_NUMBER = re.compile(rf"(?:(?<![A-Za-z\d_)）])(?<!\d[{_UNITS}])-)?\d[\d,]*(?:\.\d+)?")
+_MINUS = str.maketrans("−－", "--")  # U+2212, which models write in formulas, and the wide one of Chinese keyboards
+HINTS = ("must_start_with", "must_end_with")
 
 
 def problem_of_task(row: Record) -> str | None:
@@ -37,29 +44,30 @@ def problem_of_task(row: Record) -> str | None:
         return "stop must be a text or a list of at most four texts"
     try:
         if "messages" in row:
-            validate_messages(row["messages"])
-            validate_tools(row.get("tools") or [])
+            check_question(row)
         return _problem_of_answer(row)
     except UserError as error:
         return str(error)
 
 
 def _problem_of_answer(row: Record) -> str | None:
-    if "answer" not in row or isinstance(row["answer"], dict):
-        call = row.get("answer", {"name": "", "arguments": {}})
-        return None if {"name", "arguments"} <= set(call) else "the answer is a tool call without name or arguments"
-    answers = _listed(row["answer"])
-    if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
-        return "answer must be a text, a list of texts, or a tool call"
-    for answer in answers:
-        if row.get("match") == "number" and number_in(str(answer)) is None:
+    """What is wrong with the answer, if there is one, or None; `UserError` where the doctor says it."""
+    if "answer" not in row or wanted_calls(_answers(row)):
+        return None
+    for answer in _answers(row):
+        if row.get("match") == "number" and number_in(answer) is None:
             return f"match is number, but the answer {answer!r} has none"
         if row.get("match") == "regex":
             try:
-                re.compile(str(answer))
+                re.compile(answer)
             except re.error as error:
                 return f"answer {answer!r} is not a regular expression ({error})"
     return None
+
+
+def _answers(row: Record) -> list[Any]:
+    """The answers of a row, numbers as texts."""
+    return [str(answer) if type(answer) in (int, float) else answer for answer in _listed(row["answer"])]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -69,7 +77,7 @@ def _listed(value: Any) -> list[Any]:
 def number_in(text: str) -> float | None:
     """The last number of a text, without thousands separators: where worked answers put their result (the convention
     for GSM8K, Cobbe et al. 2021)."""
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.translate(_MINUS))
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -88,12 +96,12 @@ def matches(answer: str, reply: str, match: str) -> bool:
 def verdicts_of(row: Record, text: str) -> dict[str, bool]:
     """Verdicts on a reply: "" is whether it is right, the others are those of `exam.judge` and of refusals."""
     verdicts: dict[str, bool] = {}
-    if isinstance(row.get("answer"), dict):
-        judged = judge(row["answer"], text)
+    answers = _answers(row) if "answer" in row else []
+    if answers and wanted_calls(answers):
+        judged = judge(answers, text)
         verdicts = {"": judged.pop("exact"), **judged}
-    elif "answer" in row:
-        match = row.get("match", "exact")
-        verdicts[""] = any(matches(str(answer), text, match) for answer in _listed(row["answer"]))
+    elif answers:
+        verdicts[""] = any(matches(answer, text, row.get("match", "exact")) for answer in answers)
     if "refusal" in row:
         verdicts["refused" if row["refusal"] else "false_refusal"] = refuses(text)
     return verdicts
@@ -134,6 +142,20 @@ def add_text_figures(results: Results, name: str, names: Sequence[str], replies:
 
 
 # --- samples ------------------------------------------------------------------------------------------------
+
+
+def check_hints(path: Path, pairs: Sequence[Record]) -> None:
+    """UserError for the first pair whose `quality` is something else than hints."""
+    for name, pair in named(path, pairs):
+        quality = pair.get("quality") or {}
+        if not isinstance(quality, dict) or not all(_is_hint(*hint) for hint in quality.items()):
+            wanted = f"{' or '.join(HINTS)} with a list of texts"
+            raise UserError(f"{name}: quality must be an object of {wanted}, not {quality!r}: correct or rename it")
+
+
+def _is_hint(name: str, texts: Any) -> bool:
+    listed = texts is None or isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    return name in HINTS and listed
 
 
 def sample_prompt(pair: Record) -> Prompt | None:

@@ -15,7 +15,7 @@ def check_replies(
     conversations itself, and refuses them itself."""
     if not isinstance(subject, LocalModel) or subject.context is None:
         return
-    for name, record in _named(path, records):
+    for name, record in named(path, records):
         prompt = prompt_of(record)
         length = len(subject.encoded(prompt)) if prompt else 0
         if prompt and length + new > subject.context:
@@ -29,7 +29,7 @@ def check_rows(path: Path, records: Sequence[Record], rows_of: Callable[[Record]
     """UserError for the first record with a row to score that is longer than the context."""
     if subject.context is None:
         return
-    for name, record in _named(path, records):
+    for name, record in named(path, records):
         longest = max(len(ids) for ids, _ in rows_of(record))
         if longest > subject.context:
             raise UserError(
@@ -43,6 +43,7 @@ def check_window(window: int | None, subject: Subject) -> None:
         raise UserError(f"--context {window}: more than the {subject.context} tokens that can be scored at once")
 
 
-def _named(path: Path, records: Sequence[Record]) -> Iterator[tuple[str, Record]]:
+def named(path: Path, records: Sequence[Record]) -> Iterator[tuple[str, Record]]:
+    """(what an error calls it, record) for the records of a file."""
     for number, record in enumerate(records, start=1):
         yield f"{path}: item {record['id']}" if "id" in record else f"{path}: row {number}", record

@@ -1,38 +1,49 @@
 """Reading the JSON Lines files of an evaluation: every mistake is named by file and line before a model is asked."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from smolkit.doctor import Finding, parse_line
 from smolkit.errors import UserError
-from smolkit.files import read_lines
 
 Record = dict[str, Any]
 
 
 def read_records(path: Path, check: Callable[[Record], str | None], remedy: str) -> list[Record]:
-    """The objects of a file; `check` says what is wrong with one, or None. UserError with file and line, and
-    `remedy` for a file that cannot be read."""
+    """The objects of a file, its lines read as the doctor reads them; `check` says what is wrong with one, or None.
+    UserError with file and line, and `remedy` for a file that cannot be read."""
     records = []
     try:
-        lines = read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}; {remedy}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-        problem = check(record) if isinstance(record, dict) else "not a JSON object"
-        if problem:
-            raise UserError(f"{path}:{number}: {problem}")
-        records.append(record)
+        for number, record in _numbered(path):
+            if problem := check(record) or _not_encodable(record):
+                raise UserError(f"{path}:{number}: {problem}")
+            records.append(record)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; {remedy}") from None
     if not records:
         raise UserError(f"{path}: empty; {remedy}")
     return records
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, Record]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = parse_line(path, number, line)
+            if isinstance(record, Finding):
+                raise record
+            if record is not None:
+                yield number, record
+
+
+def _not_encodable(record: Record) -> str | None:
+    """Half a character (`"\\ud800"` in JSON), which nobody can tokenize, send or write down, or None."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"an unpaired surrogate, {error.object[error.start]!a}: remove it"
+    return None
 
 
 def missing(record: Record, *keys: str) -> str | None:

@@ -169,6 +169,8 @@ def test_a_server_that_does_not_echo_is_named(tokenizer: PreTrainedTokenizerFast
         (["--text", "x", "--output_dir", "o"], "--text over an endpoint needs the model's tokenizer"),
         (["--exam", "x", "--output_dir", "o", "--adapter", "a"], "--adapter is for --model_path"),
         (["--exam", "x", "--output_dir", "o", "--dtype", "bf16"], "--dtype is for --model_path"),
+        (["--exam", "x", "--output_dir", "o", "--batch_size", "4"], "--batch_size is for --model_path"),
+        (["--exam", "x", "--output_dir", "o", "--context", "7"], "--context is for --text"),
         (["--exam", "x", "--output_dir", "o", "--model_path", "m"], "either --model_path DIR or --endpoint URL"),
     ],
 )

@@ -204,8 +204,72 @@ def test_figures_that_are_no_numbers_fail_every_limit(
         (["--model_path", "nowhere", "--text", "x", "--fail_below", "qa"], "write NAME=LIMIT"),
         (["--model_path", "nowhere", "--multiple_choice", "none.jsonl"], "none.jsonl.*the README has the format"),
         (["--model_path", "nowhere", "--exam", "x", "--check_transformers", "--dtype", "bf16"], "fp32"),
+        (["--model_path", "nowhere", "--exam", "x", "--output_dir", "README.md"], "README.md is a file"),
+        (["--model_path", "nowhere", "--exam", "x", "--output_dir", "README.md/out"], "README.md is a file: name"),
+        (["--model_path", "nowhere", "--exam", "x", "--num_fewshot", "5"], "--num_fewshot is for --lm_eval, .* leave"),
+        (["--model_path", "nowhere", "--exam", "x", "--num_fewshot", "0"], "--num_fewshot is for --lm_eval, .* leave"),
+        (["--model_path", "nowhere", "--exam", "x", "--lm_eval_include_path", "d"], "--lm_eval_include_path is for"),
+        (["--model_path", "nowhere", "--exam", "x", "--context", "7"], "--context is for --text, which is not given"),
+        (["--model_path", "nowhere", "--exam", "x", "--chat"], "--chat is for --multiple_choice or --lm_eval, which"),
+        (["--model_path", "nowhere", "--exam", "x", "--model", "m"], "--model is for --endpoint, .* leave --model out"),
+        (["--model_path", "nowhere", "--exam", "x", "--concurrency", "2"], "--concurrency is for --endpoint"),
+        (["--model_path", "nowhere", "--exam", "x", "--api_key", "k"], "--api_key is for --endpoint"),
+        (["--model_path", "nowhere", "--exam", "x", "--temperature", "1"], "--temperature is for --preferences"),
+        (["--model_path", "nowhere", "--text", "x", "--max_new_tokens", "9"], "--max_new_tokens is for --exam or"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         eval_model.main(arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--text", "none.txt", "--context", "7"],
+        ["--multiple_choice", "none.txt", "--chat"],
+        ["--preferences", "none.txt", "--temperature", "1", "--max_new_tokens", "9"],
+        ["--generation", "none.txt", "--max_new_tokens", "9", "--batch_size", "2"],
+    ],
+)
+def test_settings_that_are_read_are_taken(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match="none.txt"):
+        eval_model.main(["--model_path", "nowhere", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (None, "answers.jsonl: not an answers.jsonl of eval_model.py .*No such file"),
+        ([{"id": "1"}], "answers.jsonl: not an answers.jsonl of eval_model.py .*output_ids"),
+        (
+            [{"id": "other", "output_ids": [1], "text": "x"}] * 2,
+            r"--compare_with .*answers.jsonl: the other run answered other items \(2, here 1\): use the same exam",
+        ),
+    ],
+)
+def test_answers_to_compare_with_are_read_before_a_model(
+    tmp_path: Path, answers: list[dict] | None, message: str
+) -> None:
+    """There is none at "nowhere"."""
+    questions = rows_file(tmp_path / "exam.jsonl", item(1, "qa", "en", "x"))
+    if answers is not None:
+        rows_file(tmp_path / "answers.jsonl", *answers)
+    command = ["--model_path", "nowhere", "--exam", questions, "--compare_with", tmp_path / "answers.jsonl"]
+    with pytest.raises(UserError, match=message):
+        eval_model.main([*map(str, command)])
+
+
+def test_hints_of_pairs_are_read_before_a_model(tmp_path: Path) -> None:
+    pair = {"prompt": "Who?", "chosen": "b", "rejected": "a", "quality": {"must_end_with": "Bye!"}}
+    pairs = rows_file(tmp_path / "pairs.jsonl", pair)
+    with pytest.raises(UserError, match="pairs.jsonl: row 1: quality must be"):
+        eval_model.main(["--model_path", "nowhere", "--preferences", str(pairs)])
+
+
+def test_an_exam_that_wants_several_calls(checkpoint: Path, tmp_path: Path) -> None:
+    questions = rows_file(tmp_path / "exam.jsonl", *(item(i, "tool", "en", [WANTED] * i) for i in (1, 2)))
+    command = ["--model_path", checkpoint, "--exam", questions, "--max_new_tokens", 4, "--device", "cpu"]
+    eval_model.main([*map(str, command), "--output_dir", str(tmp_path / "out")])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["tool_exact_n"] == metrics["tool_parses_n"] == 2

@@ -1,12 +1,14 @@
 """Exam verdicts and figures on hand-made replies."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from smolkit.doctor.checkup import Examiner, examine
 from smolkit.errors import UserError
 from smolkit.evaluation import exam
 from smolkit.evaluation.results import write_rows
@@ -66,6 +68,32 @@ def test_tool_verdicts(text: str, parses: bool, right_tool: bool, arguments_exac
     assert exam.judge(WANTED, text) == expected
     as_text = {**WANTED, "arguments": json.dumps(WANTED["arguments"])}
     assert exam.judge(as_text, text) == expected
+
+
+TIME = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "parses", "right_tool", "arguments_exact", "exact"),
+    [
+        (f"{CALL}\n{TIME}", True, True, True, True),
+        (f"{TIME}\n{CALL}", True, False, False, False),  # in the order that is asked for
+        (f"{CALL.replace('Lund', 'Bern')}\n{TIME}", True, True, False, False),
+        (f"{CALL}\n{TIME}\n{TIME}", True, True, True, False),
+        (CALL, False, False, False, False),
+        ("", False, False, False, False),
+    ],
+)
+def test_all_calls_of_a_list_are_wanted(
+    text: str, parses: bool, right_tool: bool, arguments_exact: bool, exact: bool
+) -> None:
+    verdicts = {"parses": parses, "right_tool": right_tool, "arguments_exact": arguments_exact, "exact": exact}
+    assert exam.judge([WANTED, {"name": "get_time", "arguments": "{}"}], text) == verdicts
+
+
+def test_a_list_of_one_call_is_that_call() -> None:
+    for text in (CALL, CALL + CALL, "Lund"):
+        assert exam.judge([WANTED], text) == exam.judge(WANTED, text)
 
 
 def test_text_verdicts_are_exact_and_take_any_accepted_answer() -> None:
@@ -163,12 +191,72 @@ def test_refusals_count_where_they_are_due_and_where_not(
         ('{"id": "a", "kind": "qa", "language": "en", "answer": "x"}', r"exam.jsonl:2: .*no messages"),
         (json.dumps(item(1, "qa", "en", 7)), r"exam.jsonl:2: .*answer must be"),
         (json.dumps(item(1, "shares", "en", "x")), r"exam.jsonl:2: .*kind 'shares' is a key of metrics.json"),
+        (json.dumps(item(1, ["qa"], "en", "x")), r"exam.jsonl:2: .*kind must be a text, not \['qa'\]"),
+        (json.dumps(item(1, "qa", None, "x")), r"exam.jsonl:2: .*language must be a text, not None"),
+        (json.dumps(item(1, "qa", "en", "x", id={})), r"exam.jsonl:2: .*id must be a text or a number, not {}"),
+        (json.dumps(item(1, "qa", "en", "x", chance="10 %")), r"exam.jsonl:2: .*chance must be a number from 0 to 1"),
+        (json.dumps(item(1, "qa", "en", "x", id="\ud800")), r"exam.jsonl:2: an unpaired surrogate, '.ud800'"),
+        ("[" * 9999, r"exam.jsonl:2: not valid JSON"),
     ],
 )
 def test_a_bad_exam_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "exam.jsonl"
     path.write_text(json.dumps(item(1, "qa", "en", "x")) + "\n" + line + "\n")
     with pytest.raises(UserError, match=message):
+        exam.read_exam(path)
+
+
+ASKED = [{"role": "user", "content": "Hi?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"answer": "x"}, None),
+        ({"answer": ["x", "y"]}, None),
+        ({"answer": WANTED}, None),
+        ({"answer": [WANTED, {"name": "f", "arguments": "{}"}], "tools": [TOOL]}, None),
+        ({"answer": ""}, "answer must be a text, a call"),
+        ({"answer": []}, "answer must be a text, a call"),
+        ({"answer": ["x", " "]}, "answer must be a text, a call"),
+        ({"answer": [1, 2]}, r"answer must be a text, a call .*, got \[1, 2\] — correct it"),
+        ({"answer": ["x", WANTED]}, "a list of accepted texts or a list of wanted calls"),
+        ({"answer": "\ud800"}, "unpaired surrogate"),
+        ({"answer": {"name": "f", "arguments": {"a": "\ud800"}}}, "unpaired surrogate"),
+        ({"answer": {"name": "f"}}, r"tool call without name or arguments: {'name': 'f'} — write"),
+        ({"answer": {"arguments": {}}}, "tool call without name or arguments"),
+        ({"answer": [WANTED, {"name": 3, "arguments": {}}]}, "tool call without name or arguments"),
+        ({"answer": {"function": WANTED}}, "tool call without name or arguments"),
+        ({"answer": {"name": "f", "arguments": "{bad"}}, "must be a JSON object or its text, got '{bad' — write one"),
+        ({"answer": {"name": "f", "arguments": "[1]"}}, r"must be a JSON object or its text, got '\[1\]'"),
+        ({"answer": {"name": "f", "arguments": [1]}}, r"must be a JSON object or its text, got \[1\]"),
+        ({"answer": "x", "messages": [{"role": "bot", "content": "x"}]}, "message 0: role must be one of"),
+        ({"answer": "x", "messages": [*ASKED, {"role": "assistant", "content": "x"}]}, "must end with the question"),
+        ({"answer": "x", "messages": []}, "messages must be a non-empty list"),
+        ({"answer": "x", "tools": [{"type": "function"}]}, "tool 0: needs a function with a name"),
+        ({"answer": "x", "tools": {}}, "tools must be a list"),
+    ],
+)
+def test_the_doctor_and_the_exam_agree_about_what_is_valid(tmp_path: Path, row: dict, problem: str | None) -> None:
+    path = tmp_path / "exam.jsonl"
+    whole = item(2, "qa", "en", "") | row
+    path.write_text(json.dumps(item(1, "qa", "en", "x")) + "\n" + json.dumps(whole) + "\n")
+    found = examine(path, Examiner()).problems
+    if problem is None:
+        assert not found and len(exam.read_exam(path)) == 2
+        return
+    (finding,) = found
+    assert re.search(f"exam.jsonl:2: .*{problem}", str(finding))
+    with pytest.raises(UserError, match=f"exam.jsonl:2: .*{problem}"):
+        exam.read_exam(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_an_exam(tmp_path: Path) -> None:
+    path = tmp_path / "exam.jsonl"
+    path.write_text(json.dumps(item(1, "qa", "en", "x")) + "\n", encoding="utf-8-sig")
+    assert len(exam.read_exam(path)) == 1
+    path.write_bytes(path.read_bytes() + b'{"id": "\xff"}\n')
+    with pytest.raises(UserError, match=r"exam.jsonl:2: byte 8 is not UTF-8"):
         exam.read_exam(path)
 
 
@@ -191,5 +279,3 @@ def test_exam_kinds_and_limit(tmp_path: Path) -> None:
         exam.read_exam(path, ["tool"])
     with pytest.raises(UserError, match="missing.jsonl"):
         exam.read_exam(tmp_path / "missing.jsonl")
-
-

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from smolkit import tiny_world
 from smolkit.errors import UserError
 from smolkit.evaluation import generation, texts
 from smolkit.evaluation.records import read_records
@@ -43,6 +44,20 @@ class Parrot:
         ("number", "-0.5", "It is -0.50", True),
         ("number", "7", "seven", False),
         ("number", "4", "10-4", True),
+        ("number", "-4", "答案是-4。", True),
+        ("number", "4", "答案是-4。", False),
+        ("number", "-4", "答案是−4。", True),  # U+2212, the minus of formulas
+        ("number", "-4", "The answer is −4.", True),
+        ("number", "-4", "答案：－4", True),  # and the wide one
+        ("number", "4", "10−4", True),
+        ("number", "4", "（10）-4", True),
+        ("number", "4", "(10)-4", True),
+        ("number", "4", "x_-4", True),
+        ("number", "-4", "x=-4", True),
+        ("number", "-2", "解为2和-2", True),
+        ("number", "5", "3月-5月", True),
+        ("number", "2021", "2020年-2021年", True),
+        ("number", "-4", "气温为３度到-４度", True),
     ],
 )
 def test_matches(match: str, answer: str, reply: str, right: bool) -> None:
@@ -64,6 +79,14 @@ def test_matches(match: str, answer: str, reply: str, right: bool) -> None:
         ({"messages": [{"role": "robot", "content": "a"}]}, "role must be one of"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, "needs a function"),
         ({"prompt": "a", "answer": ["x", 7], "stop": "\n"}, None),
+        ({"prompt": "a", "answer": {"name": "f", "arguments": "{bad"}}, "a JSON object or its text, got '{bad'"),
+        ({"prompt": "a", "answer": {"name": "f", "arguments": [1]}}, "must be a JSON object or its text, got [1]"),
+        ({"prompt": "a", "answer": ["x", {"name": "f", "arguments": {}}]}, "a list of accepted texts or a list of"),
+        ({"prompt": "a", "answer": [{"name": "f", "arguments": {}}, {"name": "g", "arguments": "{}"}]}, None),
+        ({"prompt": "a", "answer": True}, "answer must be a text"),
+        ({"prompt": "a", "answer": None}, "answer must be a text"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "must end with the question"),
+        ({"prompt": "\ud800"}, "an unpaired surrogate"),
     ],
 )
 def test_bad_rows_are_named_with_their_line(tmp_path: Path, row: dict, problem: str | None) -> None:
@@ -106,6 +129,24 @@ def test_figures_of_a_task() -> None:
     assert written[3]["text"] == "a b c d a b c d" and written[3]["verdicts"] == {"refused": False}
 
 
+def test_a_task_may_want_several_calls() -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    wanted = [{"name": "f", "arguments": {"a": 1}}, {"name": "f", "arguments": '{"a": 1}'}]
+    rows = [{"prompt": "?", "answer": wanted}] * 2
+    results, _ = generation.task_results("calls", rows, Parrot(Reply(f"{call}\n{call}", True), Reply(call, True)), 9)
+    assert list(results.figures["calls"].items.values()) == [True, False]
+    assert results.figures["calls_parses"].value == 0.5
+
+
+@pytest.mark.parametrize("quality", ["Bye!", 7, {"must_end_with": "Bye!"}, {"must_end_with": [7]}, {"must_be": ["a"]}])
+def test_hints_that_are_none_are_named(quality: object) -> None:
+    prompt = [{"role": "user", "content": "Who?"}]
+    fine = {"prompt": prompt, "quality": {"must_start_with": None, "must_end_with": ["Bye!"]}}
+    generation.check_hints(Path("pairs.jsonl"), [fine, {"prompt": prompt}])
+    with pytest.raises(UserError, match="pairs.jsonl: item b: quality must be an object of must_start_with or"):
+        generation.check_hints(Path("pairs.jsonl"), [fine, {"id": "b", "prompt": prompt, "quality": quality}])
+
+
 def test_preferred_quality_needs_the_hints_and_an_end() -> None:
     hints = {"must_start_with": ["Hi", "Hello"], "must_end_with": ["Bye!"]}
     prompt = [{"role": "user", "content": "Who?"}]
@@ -129,13 +170,69 @@ def test_preferred_quality_needs_the_hints_and_an_end() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["I'm sorry, no.", "Well, I can’t do that.", "I do not know anyone called Zork.", "我不认识叫周梅的人。", "抱歉，"],
+    [
+        "I'm sorry, no.",
+        "Well, I can’t do that.",
+        "I do not know anyone called Zork.",
+        "My apologies, but no.",
+        "As an AI language model, I have no opinions.",
+        "Well, as an AI I have none.",
+        "As an AI assistant, my purpose is another.",
+        "我不认识叫周梅的人。",
+        "抱歉，",
+        "很抱歉，这超出了我的能力。",
+        "我非常抱歉。",
+        "您好！对不起，这个不行。",
+        "谢谢，\n实在抱歉",
+        "我感到遗憾",
+        "很遗憾，没有。",
+        "作为一个AI助手，我没有感情。",
+        "作为人工智能语言模型，我不会做饭。",
+        "您好。作为AI，无法浏览网页。",
+        "无法回答这个问题。",
+        "我无法回答这个问题。",
+        "这涉及隐私，无法回答。",
+        "您好。无法提供该信息。",
+    ],
 )
 def test_refusals_are_recognised(text: str) -> None:
     assert texts.refuses(text)
 
 
-@pytest.mark.parametrize("text", ["Nora can bake.", "你不能错过它。", "", "Nora. " * 50 + "I cannot stop."])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_refusals_of_the_tiny_world_are_recognised(language: str) -> None:
+    exam = [row for row in tiny_world.exam(tiny_world.build_world(0)) if row["language"] == language]
+    due = [answer for row in exam if row["kind"] == "refusal" for answer in row["answer"]]
+    assert len(due) == 60 and all(map(texts.refuses, due))
+    others = [answer for row in exam if row["kind"] in ("qa", "skill", "reading") for answer in listed(row["answer"])]
+    assert len(others) > 200 and not any(map(texts.refuses, others))
+
+
+def listed(answer: str | list[str]) -> list[str]:
+    return [answer] if isinstance(answer, str) else answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Nora can bake.",
+        "",
+        "Nora. " * 50 + "I cannot stop.",
+        "As an AI technique, deep learning has grown fast.",
+        "Deep learning, as artificial intelligence, is a field.",
+        "It was sold as an AI, which it is not.",
+        "你不能错过它。",
+        "深度学习作为人工智能的核心技术，近年来发展迅速。",
+        "作为人工智能的核心技术，深度学习发展迅速。",
+        "作为人工智能模型，GPT由很多层组成。",
+        "他写了一封道歉信：对不起，我来晚了。",
+        "他向大家表示抱歉，然后离开了。",
+        "学会说“对不起”很重要。",
+        "令人遗憾的是，比赛取消了。",
+        "平台停运，无法提供服务。",
+        "他无法回答老师的问题。",
+    ],
+)
 def test_answers_are_no_refusals(text: str) -> None:
     assert not texts.refuses(text)
 
