@@ -14,18 +14,23 @@ Interrupted, the same command goes on where it stopped. A dataset is named `[own
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from smolkit import sources, tiny_world
 from smolkit.errors import UserError, run
 from smolkit.filters import Filters
+from smolkit.sources.base import Source
 from smolkit.sources.mixture import Mixture, prepare_mixture, read_mixtures, slug
-from smolkit.sources.pipeline import PROGRESS, REPORT, Input, Limits, Settings, write_part
-from smolkit.sources.selection import Selected, defaults, on_disk, on_hub, parse_dataset
+from smolkit.sources.output import PROGRESS, REPORT, output_names, remove_earlier
+from smolkit.sources.pipeline import Input, Limits, Settings, write_part
+from smolkit.sources.selection import Selected, defaults, on_disk, on_hub, parse_dataset, refuse_overlap
 
 PARTS = ("pretrain", "sft", "dpo")
 # The built-in world has two parts more: the LoRA skill goes with SFT, the exam goes with everything.
 TINY_PARTS = {"pretrain": {"pretrain"}, "sft": {"sft", "lora"}, "dpo": {"dpo"}}
+TINY_OPTIONS = {"source", *PARTS, "output_dir", "small", "seed", "restart", "list"}  # all that it looks at
+CHOICES = ("language", "industry", "quality")
 SMALL_RECORDS = 1000
 DEFAULT_TOKENS = 5e9
 
@@ -62,22 +67,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group("--min_characters", type=int, help="shortest text to keep")
     group("--max_characters", type=int, help="longest text to keep")
     group("--quality_rules", action="store_true", help="drop texts that break the rules of Gopher")
-    text = "evaluation sets: drop texts that share 13 words in a row with them"
+    text = "evaluation sets: drop texts that share 13 words (24 Chinese characters) in a row with them"
     group("--decontaminate", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     args = parser.parse_args(argv)
-    check(args)
+    check(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
     return args
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, given: set[str]) -> None:
+    """`given`: the options that have another value than their default. Raises UserError."""
     if (args.source == "local") != (args.path is not None):
         raise UserError("--source local needs --path DIR, and --path only goes with --source local")
-    if args.source == "tiny" and (args.datasets or args.mixture or args.max_records is not None):
+    if args.source == "tiny" and (unused := sorted(given - TINY_OPTIONS)):
         raise UserError(
-            "--datasets, --mixture and --max_records do not go with --source tiny; use --small for a smaller world"
+            f"{', '.join(f'--{name}' for name in unused)}: not with --source tiny, which always writes the same world; "
+            "leave it out, and use --small for a smaller one"
         )
-    if args.executor and (args.mixture or args.source == "tiny"):
-        raise UserError("--executor goes with --source hub or local, and without --mixture (mix what it has written)")
+    if args.executor and args.mixture:
+        raise UserError("--executor goes without --mixture (mix what it has written)")
     if args.executor and args.deduplicate == "near" and args.near_threshold != 0.8:
         raise UserError("--near_threshold: datatrove's MinHash has a fixed one; leave it out with --executor")
     if args.mixture and (args.datasets or args.pretrain or args.sft or args.dpo):
@@ -87,48 +94,65 @@ def check(args: argparse.Namespace) -> None:
     for name in ("max_tokens", "min_characters", "max_characters", "near_threshold"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.near_threshold > 1:
+        raise UserError(f"--near_threshold {args.near_threshold}: must be at most 1, the similarity of equal texts")
+    if "near_threshold" in given and args.deduplicate != "near":
+        raise UserError(f"--near_threshold {args.near_threshold}: only --deduplicate near uses it; leave it out")
     if not 0 <= args.validation_fraction < 1:
         raise UserError(f"--validation_fraction {args.validation_fraction}: must be from 0 to below 1")
 
 
 def select(args: argparse.Namespace, parts: list[str]) -> list[Selected]:
     """The datasets the user named, or the default ones (locally: whatever is there)."""
-    options = {"industry": args.industry, "language": args.language, "quality": args.quality}
+    options = {name: getattr(args, name) for name in CHOICES}
     if not args.datasets:
         return defaults(parts, options, everything=args.source == "local")
     wanted = [parse_dataset(name, options) for name in args.datasets]
+    refuse_overlap(args.datasets, wanted)
     if not all(each.source.part in parts for each in wanted):
         raise UserError(f"--datasets {' '.join(args.datasets)}: not all belong to the parts {', '.join(parts)}")
     return wanted
 
 
-def earlier_revisions(folder: Path) -> dict[str, str]:
-    """The commit of each source of an earlier run in `folder`, unfinished or not: the same command means the same data,
-    whatever has become of "main" since."""
+def refuse_unused_choices(args: argparse.Namespace, selected: Iterable[Source]) -> None:
+    """Raises UserError when the user chose among files in a way that no dataset of the run has."""
+    found = list(selected)
+    for name in CHOICES:
+        values = getattr(args, name)
+        if values and not any(name in source.choices for source in found):
+            having = " and ".join(source.name for source in sources.ALL if name in source.choices)
+            raise UserError(f"--{name} {' '.join(values)}: only {having} has it, which is not selected; leave it out")
+
+
+def earlier_revisions(folder: Path) -> dict[tuple[str, str], str]:
+    """The commit of each source (repository, configuration) of an earlier run in `folder`, unfinished or not: the same
+    command means the same data, whatever has become of "main" since."""
     for name, keys in ((PROGRESS, ("fingerprint",)), (".datatrove/settings.json", ()), (REPORT, ("settings",))):
         if (folder / name).exists():
             value = json.loads((folder / name).read_text("utf-8"))
             for key in keys:
                 value = value.get(key, {})
-            return {source["repo"]: source["revision"] for source in value.get("sources", [])}
+            found = value.get("sources", [])
+            return {(source["repo"], source.get("config", "")): source["revision"] for source in found}
     return {}
 
 
 def locate(args: argparse.Namespace, wanted: Selected, folder: Path, limits: Limits) -> Input:
     """The dataset with its files."""
     if args.source == "local":
-        return Input(wanted.source, on_disk(wanted, args.path), limits)
+        return Input(wanted.source, on_disk(wanted, args.path), limits, config=wanted.config)
     revisions = {} if args.restart else earlier_revisions(folder)
-    files, revision = on_hub(wanted, revisions.get(wanted.source.repo))
-    return Input(wanted.source, files, limits, revision)
+    files, revision = on_hub(wanted, revisions.get((wanted.source.repo, wanted.config)))
+    return Input(wanted.source, files, limits, revision, wanted.config)
 
 
 def from_mixture(args: argparse.Namespace, part: str, mixture: Mixture, limits: Limits) -> list[Input]:
     """The inputs of a mixture's sources, in its order."""
-    options = {"industry": args.industry, "language": args.language, "quality": args.quality}
+    options = {name: getattr(args, name) for name in CHOICES}
+    selected = [parse_dataset(share.dataset, options) for share in mixture.shares]
+    refuse_overlap([share.dataset for share in mixture.shares], selected)
     inputs = []
-    for share in mixture.shares:
-        wanted = parse_dataset(share.dataset, options)
+    for share, wanted in zip(mixture.shares, selected, strict=True):
         if wanted.source.part != part:
             raise UserError(f"{args.mixture}: {share.dataset} is {wanted.source.part} data, not {part} data")
         own = Limits(share.max_records or limits.records, share.max_tokens or limits.tokens)
@@ -176,9 +200,9 @@ def print_sources() -> None:
 def print_report(part: str, folder: Path, report: dict) -> None:
     if report.get("already"):
         print(f"{part}: already prepared with these settings; --restart prepares it again")
-    for repo, source in report["sources"].items():
+    for name, source in report["sources"].items():
         repeats = f", {source['duplicate_prompts']} prompts not new" if source["duplicate_prompts"] else ""
-        print(f"{part}: {repo}: {source['read']} rows read, {source['written']} written{repeats}")
+        print(f"{part}: {name}: {source['read']} rows read, {source['written']} written{repeats}")
         for reason, dropped in source["dropped"].items():
             print(f"  {dropped['rows']} dropped: {reason} (for example {dropped['for_example'][0]})")
         if "mixture" in source:
@@ -197,9 +221,11 @@ def prepare_all(args: argparse.Namespace) -> None:
         inputs = {part: from_mixture(args, part, mixture, limits) for part, mixture in mixtures.items()}
     else:
         wanted = select(args, parts)
+        refuse_unused_choices(args, (each.source for each in wanted))
         inputs = {part: [locate(args, w, args.output_dir / part, limits) for w in wanted if w.source.part == part]
                   for part in parts}  # fmt: skip
         inputs = {part: [each for each in found if each.files] for part, found in inputs.items()}
+    refuse_unused_choices(args, (each.source for found in inputs.values() for each in found))
     absent = [part for part in parts if not inputs[part]]
     if absent and not args.datasets and (named or len(absent) == len(PARTS)):
         known = ", ".join(s.name for s in sources.ALL if s.part in absent)
@@ -233,6 +259,8 @@ def main(argv: list[str] | None = None) -> None:
             (args.output_dir / part / REPORT).unlink(missing_ok=True)
         for path, count in tiny_world.write(args.output_dir, args.seed, tiny_parts, small=args.small).items():
             print(f"{count:7} rows  {path}")
+        for part in tiny_parts:
+            remove_earlier(args.output_dir / part, part, output_names(part))
     else:
         prepare_all(args)
 

@@ -76,7 +76,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--resize_model", help="load: checkpoint whose embedding has to cover the new entries")
     add("--resized_dir", type=Path, help="load: where the resized checkpoint is written")
-    add("--pad_vocab_to_multiple_of", type=int, help="load: round the resized vocabulary up to a multiple of this")
+    text = "load, with --resize_model: round the resized vocabulary up to a multiple of this"
+    add("--pad_vocab_to_multiple_of", type=int, help=text)
     arguments = parser.parse_args(argv)
     mode = arguments.mode
     known = ["mode", *NEEDED[mode], *OPTIONAL[mode]]
@@ -95,6 +96,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name} must be at least 1, got {value}")
     if (arguments.resize_model is None) != (arguments.resized_dir is None):
         raise UserError("--resize_model and --resized_dir belong together — give both or none")
+    if arguments.pad_vocab_to_multiple_of is not None and arguments.resize_model is None:
+        value = arguments.pad_vocab_to_multiple_of
+        raise UserError(f"--pad_vocab_to_multiple_of {value}: only --resize_model uses it — add that or leave this out")
     digits = arguments.split_digits
     if digits is not None and arguments.pre_tokenizer not in (None, "qwen2" if digits else "llama-bpe"):
         name = "split_digits" if digits else "no-split_digits"

@@ -23,6 +23,9 @@ CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 SHINGLE_WORDS = 5
 LANGUAGE_CHARACTERS = 2000  # of a text that the language is read from
 SHORTEST_GRAM = 8  # words; evaluation texts shorter than this would match by chance
+# The same where most words are single characters. A Chinese word has nearly two of them: 13 characters are one official
+# name, and 8 are a stock phrase such as "which of the following is correct", that any text may have.
+CJK_GRAM, SHORTEST_CJK_GRAM = 24, 15
 
 
 def text_of(record: dict) -> str:
@@ -55,6 +58,9 @@ class HashSet:
         self.sorted = np.empty(0, dtype=np.uint64)
         self.view = self.sorted.data
         self.newest: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.sorted) + len(self.newest)
 
     def __contains__(self, value: int) -> bool:
         if value in self.newest:
@@ -172,8 +178,9 @@ class Language(Filter):
 
 class Decontamination(Filter):
     """Records that share `size` consecutive words with an evaluation text (13, as for GPT-3: Brown et al. 2020,
-    appendix C). An evaluation text of 8 to `size` words is looked for as a whole; shorter ones are left out,
-    and counted in `ignored`."""
+    appendix C; where most of these are single Chinese, Japanese or Korean characters, 24). A shorter evaluation text
+    of 8 words (15 such characters) or more is looked for as a whole; still shorter ones are left out, and counted in
+    `ignored`."""
 
     def __init__(self, files: Iterable[Path], size: int = 13) -> None:
         self.grams: dict[str, str] = {}
@@ -181,15 +188,20 @@ class Decontamination(Filter):
         for path in files:
             before = len(self.grams)
             for text in evaluation_texts(path):
-                words = words_of(text)
-                if len(words) < SHORTEST_GRAM:
-                    self.ignored += 1
-                for gram in grams_of(words, min(size, max(len(words), SHORTEST_GRAM))):
+                grams = evaluation_grams(words_of(text), size)
+                self.ignored += not grams
+                for gram in grams:
                     self.grams.setdefault(gram, path.name)
             if len(self.grams) == before:
-                raise UserError(f"{path}: no text of {SHORTEST_GRAM} words or more to look for")
+                raise UserError(
+                    f"{path}: no text of {SHORTEST_GRAM} words or more to look for ({SHORTEST_CJK_GRAM} if they are "
+                    "single Chinese, Japanese or Korean characters)"
+                )
         if self.ignored:
-            print(f"{self.ignored} evaluation texts of fewer than {SHORTEST_GRAM} words are not looked for")
+            print(
+                f"{self.ignored} evaluation texts of fewer than {SHORTEST_GRAM} words are not looked for (or of fewer "
+                f"than {SHORTEST_CJK_GRAM} Chinese, Japanese or Korean characters)"
+            )
         self.sizes = sorted({gram.count(" ") + 1 for gram in self.grams}, reverse=True)
 
     def judge(self, record: dict) -> str | None:
@@ -203,6 +215,20 @@ class Decontamination(Filter):
 
 def grams_of(words: list[str], size: int) -> Iterator[str]:
     return (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+
+
+def mostly_cjk(words: list[str]) -> bool:
+    return 2 * sum(bool(CJK.match(word)) for word in words) > len(words)
+
+
+def evaluation_grams(words: list[str], size: int) -> list[str]:
+    """The stretches of an evaluation text that a record must not have: from every word on `size` words, or `CJK_GRAM`
+    where most of these are single characters; the whole text if it has no such stretch; none if it is too short."""
+    starts = range(len(words) - size + 1)
+    ends = [i + (CJK_GRAM if mostly_cjk(words[i : i + size]) else size) for i in starts]
+    grams = [" ".join(words[i:end]) for i, end in zip(starts, ends, strict=True) if end <= len(words)]
+    shortest = SHORTEST_CJK_GRAM if mostly_cjk(words) else SHORTEST_GRAM
+    return grams or ([" ".join(words)] if len(words) >= shortest else [])
 
 
 def evaluation_texts(path: Path) -> Iterator[str]:
@@ -246,17 +272,17 @@ class ExactDuplicates(Filter):
 
 
 class NearDuplicates(Filter):
-    """Records whose word 5-grams resemble those of a kept record (MinHash, Broder 1997, with rensa): candidates
-    come from 16 bands of 8 of the 128 hashes, and their estimated Jaccard similarity must reach `threshold`.
-    About 1.5 kB of memory for each kept record."""
+    """Records whose word 5-grams resemble those of a kept record (MinHash, Broder 1997, with rensa): their Jaccard
+    similarity, estimated from 128 hashes, must reach `threshold`. Candidates are those that share a band of hashes;
+    see `bands_for`. About 1.5 kB of memory for each kept record."""
 
-    PERMUTATIONS, BANDS = 128, 16
+    PERMUTATIONS = 128
 
     def __init__(self, threshold: float = 0.8) -> None:
         from rensa import RMinHashLSH
 
         self.threshold = threshold
-        self.index = RMinHashLSH(threshold, self.PERMUTATIONS, self.BANDS)
+        self.index = RMinHashLSH(threshold, self.PERMUTATIONS, bands_for(threshold))
         self.kept: list = []
         self.last: tuple = (None, None)  # the record judged last and its signature, which `remember` needs again
 
@@ -278,6 +304,14 @@ class NearDuplicates(Filter):
     def remember(self, record: dict) -> None:
         self.index.insert(len(self.kept), self.signature(record))
         self.kept.append(self.signature(record))
+
+
+def bands_for(threshold: float) -> int:
+    """In how many bands the 128 hashes are compared: the fewest, from 16 of 8 hashes on, in which of pairs that have
+    just this similarity 94 % share one. More bands cost time, not precision, as candidates are compared in full."""
+    bands = (16, 32, 64, 128)
+    found = (b for b in bands if 1 - (1 - threshold ** (NearDuplicates.PERMUTATIONS // b)) ** b >= 0.94)
+    return next(found, bands[-1])
 
 
 class Filters:

@@ -151,9 +151,9 @@ def prepared_datasets(directory: Path) -> list[str]:
     """Hub ids of the datasets behind a run's data, by the reports that prepare_datasets.py leaves beside the files."""
     found: dict[str, None] = {}
     for file in _json(directory / "run_settings.json").get("inputs", {}):
-        for source in _json(Path(file).parent / "prepare_report.json").get("sources", {}):
-            if "/" in source:  # the tiny world and local files have no id
-                found[source.partition(":")[0]] = None
+        for source in _json(Path(file).parent / "prepare_report.json").get("sources", {}).values():
+            if repo := source.get("repo"):  # the user's own files have no id
+                found[repo] = None
     return list(found)
 
 

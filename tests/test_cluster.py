@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import prepare_datasets
@@ -70,20 +72,48 @@ def test_local_executors_write_the_rows_of_a_plain_run_and_its_tokens(
         np.testing.assert_array_equal(store.cut("input_ids", record), expected.cut("input_ids", record))
 
 
+def parquet(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
 @pytest.mark.parametrize(("kind", "kept"), [("exact", 301), ("near", 300)])
 def test_duplicates_are_found_across_tasks(samples: Path, tmp_path: Path, kind: str, kept: int) -> None:
     lines = (samples / "gsm8k" / "train.jsonl").read_text("utf-8").splitlines()[:300]
     near = json.loads(lines[4]) | {"answer": json.loads(lines[4])["answer"] + " Done"}
     copy = tmp_path / "copies" / "gsm8k"
     copy.mkdir(parents=True)
-    (copy / "train.jsonl").write_text("\n".join(lines), "utf-8")
-    (copy / "test.jsonl").write_text("\n".join([lines[2], json.dumps(near), "{broken"]), "utf-8")
+    (copy / "train.jsonl").write_text("\n".join([*lines, "{broken"]), "utf-8")
+    parquet(copy / "main" / "train-0.parquet", [json.loads(lines[2]), near])  # the other task's
     plan = plan_file(tmp_path, executor="local", tasks=2, workers=1)
     prepare(copy.parent, tmp_path, "--sft", "--deduplicate", kind, "--executor", plan)
     dropped = {f"duplicate: {kind}": 302 - kept, "malformed JSON or UTF-8": 1}
     assert counts(tmp_path / "sft") == {"openai/gsm8k": (303, kept, dropped)}
     answers = [json.loads(line)["messages"][1]["content"] for _, line in rows(tmp_path / "sft", "sft").elements()]
     assert len(answers) == kept and len(set(answers)) == kept
+
+
+def test_what_the_publisher_held_out_is_trained_on_by_no_task(tmp_path: Path) -> None:
+    every = [{"question": f"Is {i} more than {i - 1}?", "answer": f"yes {i}"} for i in range(60)]
+    files = {"train-0": every[:30], "train-1": every[30:], "test-0": every[10:15], "test-1": every[40:]}
+    for name, taken in files.items():
+        parquet(tmp_path / "gsm8k" / "main" / f"{name}.parquet", taken)
+    plan = plan_file(tmp_path, executor="local", tasks=2, workers=1)
+    for name, more in (("plain", []), ("datatrove", ["--executor", plan])):
+        prepare(tmp_path, tmp_path / name, "--sft", "--datasets", "gsm8k", "--validation_fraction", "0.2", *more)
+    plain, shards = tmp_path / "plain" / "sft", tmp_path / "datatrove" / "sft"
+    assert counts(plain) == {"openai/gsm8k": (85, 60, {"stands in the held-out files": 25})}
+    assert rows(shards, "sft") == rows(plain, "sft") and counts(shards) == counts(plain)
+    assert json.loads((shards / "prepare_report.json").read_text())["sources"]["openai/gsm8k"]["repo"] == "openai/gsm8k"
+
+
+def test_what_a_plain_run_left_is_replaced_and_the_other_way_round(samples: Path, tmp_path: Path) -> None:
+    plan = plan_file(tmp_path, executor="local", tasks=1)
+    names = {True: {"dpo_data-00000.jsonl"}, False: {"dpo_data.jsonl"}}
+    for executor in (False, True, False):
+        prepare(samples, tmp_path, "--dpo", *(["--executor", plan] if executor else []))
+        for folder in (tmp_path / "dpo", tmp_path / "dpo" / "validation"):
+            assert {path.name for path in folder.glob("*.jsonl")} == names[executor]
 
 
 def test_a_finished_run_is_left_alone_and_another_one_is_not_continued(

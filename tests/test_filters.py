@@ -8,7 +8,7 @@ import pytest
 
 import prepare_datasets
 from smolkit.errors import UserError
-from smolkit.filters import Filters, HashSet, NearDuplicates, text_of, words_of
+from smolkit.filters import Filters, HashSet, NearDuplicates, bands_for, evaluation_grams, text_of, words_of
 
 ENGLISH = (
     "The committee met on Tuesday and decided that the old bridge will have to be closed to traffic until the "
@@ -45,6 +45,7 @@ def test_a_hash_set_is_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
         value = rng.choice([rng.randrange(600), 2**64 - 1 - rng.randrange(600)])
         assert ours.add(value) == (value not in reference)
         reference.add(value)
+        assert len(ours) == len(reference)
     assert all((value in ours) == (value in reference) for value in range(600)) and len(ours.sorted) >= 800
 
 
@@ -117,6 +118,30 @@ def test_near_duplicates_are_found_as_by_the_exact_jaccard_similarity() -> None:
     assert {reason for reason in found if reason} == {"duplicate: exact", "duplicate: near"}
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+def test_near_duplicates_are_found_at_lower_thresholds(threshold: float) -> None:
+    rng, found, alike = random.Random(2), 0, 0
+    vocabulary = [f"w{i}" for i in range(5000)]
+    for _ in range(150):
+        words = rng.choices(vocabulary, k=200)
+        changed = list(words)
+        for place in rng.sample(range(200), 3 if threshold == 0.7 else 9):
+            changed[place] = "changed"
+        filters = NearDuplicates(threshold)
+        one, two = document(" ".join(words)), document(" ".join(changed))
+        filters.remember(one)
+        if jaccard(one["text"], two["text"]) >= threshold + 0.1:  # the estimate cannot fall below
+            alike += 1
+            found += filters.judge(two) is not None
+    assert alike > 100 and found >= 0.97 * alike
+
+
+def test_bands_follow_the_threshold() -> None:
+    """16 of 8 hashes at the default and above; a pair at the threshold shares one with the probability worked out."""
+    assert [bands_for(t) for t in (1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)] == [16, 16, 16, 32, 64, 64, 128]
+    assert 1 - (1 - 0.8**8) ** 16 == pytest.approx(0.947, abs=1e-3) and 1 - (1 - 0.7**8) ** 16 < 0.62
+
+
 def test_near_duplicates_of_short_and_chinese_texts() -> None:
     filters = NearDuplicates(0.8)
     changed = CHINESE.replace("星期二", "星期三")
@@ -143,6 +168,35 @@ def test_contaminated_texts_share_thirteen_words_with_an_evaluation_set(tmp_path
     assert "shares 9 words" in filters.judge(document("Tell me: who built the very old stone bridge in Rome!"))
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "a"}]
     assert "contaminated" in filters.judge({"messages": turns})
+
+
+def test_contaminated_chinese_texts_share_more_than_a_name_or_a_stock_phrase(tmp_path: Path, capsys) -> None:
+    exam = tmp_path / "exam.jsonl"
+    question = "根据中华人民共和国全国人民代表大会常务委员会的决定，旧桥修理完成之前必须对车辆关闭。"  # 39 characters
+    short = "下列说法中正确的是"
+    middle = "哪一条河流经过这座古老城市的中心"  # 16
+    exam.write_text("".join(json.dumps({"q": text}) + "\n" for text in (question, short, middle)), "utf-8")
+    filters = Filters(decontaminate=[exam])
+    assert "1 evaluation texts of fewer than 8 words are not looked for" in capsys.readouterr().out
+    name = "昨天，中华人民共和国全国人民代表大会常务委员会在北京举行了新闻发布会。"  # 20 of them in a row
+    assert verdicts(filters, [name, f"请问{short}哪个，并说明理由。"]) == [None, None]
+    characters = [c for c in question if c not in "，。"]
+    stretch, shorter = "".join(characters[10:34]), "".join(characters[10:33])
+    assert verdicts(filters, [f"他说：{stretch}好", f"他说：{shorter}好", f"请问{middle}？"]) == [
+        "contaminated: shares 24 words with exam.jsonl",
+        None,
+        "contaminated: shares 16 words with exam.jsonl",
+    ]
+
+
+def test_only_the_chinese_stretches_of_a_mixed_text_are_taken_longer() -> None:
+    english, chinese = [f"w{i}" for i in range(20)], list("天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁")
+    assert evaluation_grams(english, 13) == [" ".join(english[i : i + 13]) for i in range(8)]
+    assert evaluation_grams(chinese, 13) == [" ".join(chinese[i : i + 24]) for i in range(5)]
+    mixed = english + chinese
+    sizes = [gram.count(" ") + 1 for gram in evaluation_grams(mixed, 13)]
+    assert sizes == [13] * 14 + [24] * 11  # up to 6 of the 13 are Chinese; then as many as fit into 48
+    assert evaluation_grams(chinese[:14], 13) == [] and evaluation_grams(chinese[:15], 13) == [" ".join(chinese[:15])]
 
 
 @pytest.mark.parametrize(

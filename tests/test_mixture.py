@@ -65,6 +65,21 @@ def test_validation_rows_are_neither_repeated_nor_trained_on(tmp_path: Path) -> 
     assert len(set(held_out)) == len(held_out) > 10 and not trained & set(held_out)
 
 
+def test_what_one_source_holds_out_is_not_trained_on_from_another(tmp_path: Path) -> None:
+    root = copies(tmp_path / "copies")
+    rows = [{"question": f"OpenO1-SFT {i}", "answer": "held out"} for i in range(7)]
+    (root / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    sources = "[{dataset: OpenO1-SFT, weight: 1}, {dataset: gsm8k, weight: 1, repeat: 99}]"
+    records, report = mix(tmp_path, f"sft: {{sources: {sources}}}", "--validation_fraction", "0")
+    trained = {record["messages"][0]["content"] for record in records if record["source"] == "OpenO1-SFT"}
+    assert trained == {f"OpenO1-SFT {i}" for i in range(7, 100)}
+    assert report["OpenO1-SFT"]["dropped"]["stands in the held-out files"]["rows"] == 7
+    assert {name: source["repo"] for name, source in report.items()} == {
+        "OpenO1-SFT": "O1-OPEN/OpenO1-SFT",
+        "gsm8k": "openai/gsm8k",
+    }
+
+
 def test_quotas_by_hand() -> None:
     mixture = Mixture((Share("a", 3), Share("b", 1, repeat=4)))
     assert quotas({"a": 300, "b": 50}, mixture, None) == {"a": 300, "b": 100}  # all of a; b may give 200
@@ -92,6 +107,7 @@ def test_by_bytes_the_shares_are_bytes(tmp_path: Path) -> None:
         ("sft: {sources: [{dataset: gsm8k, weight: 0}]}", "weight: 0: must be a number above 0"),
         ("sft: {sources: [{dataset: gsm8k, weight: 1, times: 2}]}", "unknown key times"),
         ("sft: {sources: [{dataset: gsm8k, weight: 1}, {dataset: gsm8k, weight: 1}]}", "named twice"),
+        ("sft: {sources: [{dataset: gsm8k, weight: 1}, {dataset: openai/gsm8k, weight: 1}]}", "gsm8k and openai/gsm8k"),
         ("sft: {total: x, sources: [{dataset: gsm8k, weight: 1}]}", "total: x: must be a number"),
         ("dpo: {sources: [{dataset: gsm8k, weight: 1}]}", "gsm8k is sft data, not dpo data"),
     ],

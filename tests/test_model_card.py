@@ -20,7 +20,15 @@ from smolkit.tokenizer import train_bpe
 
 SHAPE = "hidden_size=32 intermediate_size=48 num_hidden_layers=1 num_attention_heads=4".split()
 WORDS = "the a cat dog sat on mat with red blue house of tree and ran fast slow very big small".split()
-REPORT = {"sources": {"openai/gsm8k": {}, "HuggingFaceTB/smoltalk:apigen-80k": {}, "tiny": {}}}
+# As prepare_datasets.py names them: by repository, with a configuration, or as the user of a mixture wrote it.
+REPORT = {
+    "sources": {
+        "gsm8k": {"repo": "openai/gsm8k"},
+        "HuggingFaceTB/smoltalk:apigen-80k": {"repo": "HuggingFaceTB/smoltalk"},
+        "HuggingFaceTB/smoltalk:longalign": {"repo": "HuggingFaceTB/smoltalk"},
+        "own/openai-tools": {"repo": None},
+    }
+}
 
 
 def lines(count: int, seed: int) -> list[str]:

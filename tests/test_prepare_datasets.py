@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -13,11 +14,11 @@ import pytest
 
 import prepare_datasets
 from smolkit import sources
-from smolkit.doctor import read_dpo, read_pretrain, read_sft
+from smolkit.doctor import expand_paths, read_dpo, read_pretrain, read_sft
 from smolkit.errors import UserError
-from smolkit.sources import gsm8k, pipeline
+from smolkit.sources import gsm8k, output, pipeline
 from smolkit.sources.files import DataFile
-from smolkit.sources.pipeline import Input, Limits, Settings, Stream, identity_hash, in_share
+from smolkit.sources.pipeline import Input, Limits, Settings, Stream, identity_hash, in_share, opening_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +51,9 @@ def lines(path: Path, rows: list[dict]) -> None:
 def array(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+QUESTIONS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(20)]
 
 
 def write_pretrain(root: Path) -> None:
@@ -180,7 +184,10 @@ def test_every_known_dataset_converts_from_a_local_copy_without_loss(all_copies:
         train, held_out = tmp_path / part / f"{part}_data.jsonl", tmp_path / part / "validation" / f"{part}_data.jsonl"
         count = len(list(read(train))) + (len(list(read(held_out))) if held_out.exists() else 0)
         assert count == sum(written for _, written, _ in counts_of(tmp_path, part).values())
-    assert converted == {s.repo: (20, 20, {}) for s in sources.ALL if s.on_hub}
+    expected = {s.repo: (20, 20, {}) for s in sources.ALL if s.on_hub}
+    # Questions 15 to 19 are held out by smol-smoltalk and ultrachat, and by both binarised UltraFeedbacks.
+    shared = dict.fromkeys(("HuggingFaceTB/smoltalk", "BAAI/Infinity-Preference"), (20, 15, {pipeline.HELD_OUT: 5}))
+    assert converted == expected | shared
     rows = list(read_pretrain(tmp_path / "pretrain" / "pretrain_data.jsonl"))
     expected = {"news_media", "fineweb", "cosmopedia-v2", "fineweb-edu-dedup", "TinyStories"}
     assert {row["category"] for row in rows} == expected
@@ -258,6 +265,59 @@ def test_what_the_publisher_held_out_is_never_trained_on(all_copies: Path, tmp_p
     assert len(train) == 15 and all("test" in row["id"] for row in held_out)
 
 
+def asked(output_dir: Path, side: str = "") -> list[str]:
+    """What the user says first, in the SFT rows of one side."""
+    return [row["messages"][0]["content"] for row in read_sft(output_dir / "sft" / side / "sft_data.jsonl")]
+
+
+@pytest.mark.parametrize("more", [[], ["--deduplicate", "exact"], ["--deduplicate", "near"], ["--max_records", "60"]])
+def test_a_question_of_the_held_out_files_is_not_trained_on_from_the_others(tmp_path: Path, more: list[str]) -> None:
+    """Five questions stand in both files of a publisher, with other answers, and two of them in another's file."""
+    words = [f"the {n} old bridges of {n * 7} towns are open to all {n + 3} carts on day {n * 13}" for n in range(40)]
+    rows = [{"question": f"{text}, why?", "answer": f"since {n}"} for n, text in enumerate(words)]
+    lines(tmp_path / "gsm8k" / "train.jsonl", rows)
+    lines(tmp_path / "gsm8k" / "test.jsonl", [{**row, "answer": "so"} for row in rows[:5]])
+    others = [{"instruction": row["question"], "output": "a"} for row in rows[3:5]]
+    others.append({"instruction": "Who are you?", "output": "a"})
+    lines(tmp_path / "OpenO1-SFT" / "OpenO1-SFT.jsonl", others)
+    names = ["OpenO1-SFT", "gsm8k"]  # what is held out is known before the first of them is converted
+    prepare(tmp_path, tmp_path, "--sft", "--datasets", *names, "--validation_fraction", "0", *more)
+    assert asked(tmp_path, "validation") == [row["question"] for row in rows[:5]]
+    assert sorted(asked(tmp_path)) == sorted([*(row["question"] for row in rows[5:]), "Who are you?"])
+    counts = {"openai/gsm8k": (45, 40, {pipeline.HELD_OUT: 5}), "O1-OPEN/OpenO1-SFT": (3, 1, {pipeline.HELD_OUT: 2})}
+    assert counts_of(tmp_path, "sft") == counts
+    assert report_of(tmp_path, "sft")["openai/gsm8k"]["dropped"][pipeline.HELD_OUT]["for_example"][0] == "train.jsonl:1"
+
+
+@pytest.mark.parametrize(("kind", "change"), [("exact", "  "), ("near", "! ")])
+def test_of_two_copies_the_one_that_the_publisher_held_out_stays(tmp_path: Path, kind: str, change: str) -> None:
+    text = " ".join(f"word{n}" for n in range(60))
+    lines(tmp_path / "gsm8k" / "train.jsonl", [{"question": f"{change}{text}", "answer": "a"}, *QUESTIONS[:3]])
+    lines(tmp_path / "gsm8k" / "test.jsonl", [{"question": text, "answer": "a"}])
+    others = [{"instruction": question, "output": "a"} for question in ("Who?", f"{text}{change}")]
+    lines(tmp_path / "OpenO1-SFT" / "OpenO1-SFT.jsonl", others)  # read before gsm8k's training rows
+    names = ["--datasets", "OpenO1-SFT", "gsm8k"]
+    prepare(tmp_path, tmp_path, "--sft", *names, "--validation_fraction", "0", "--deduplicate", kind)
+    assert asked(tmp_path, "validation") == [text] and asked(tmp_path) == ["Who?", "q0", "q1", "q2"]
+
+
+def test_a_greeting_is_no_question(tmp_path: Path) -> None:
+    def hello(greeting: str, question: str) -> dict:
+        turns = [turn("user", greeting), turn("assistant", "Hello!"), turn("user", question), turn("assistant", "Yes.")]
+        return {"messages": turns}
+
+    folder = tmp_path / "smoltalk" / "data" / "everyday-conversations"
+    held_out = [hello("Hi", "Is tea better than coffee?"), {"messages": talk(7)}]
+    same = [*held_out, hello("Hi", "Is tea better than coffee?")]
+    parquet(folder / "train-0.parquet", [hello("Hi", f"Are there {n} rivers?") for n in range(9)] + same)
+    parquet(folder / "test-0.parquet", held_out)
+    names = ["--datasets", "smoltalk:everyday-conversations", "--validation_fraction", "0"]
+    prepare(tmp_path, tmp_path, "--sft", *names)
+    assert counts_of(tmp_path, "sft") == {"HuggingFaceTB/smoltalk": (14, 11, {pipeline.HELD_OUT: 3})}
+    long = "What is the longest river of them all?"
+    assert opening_hash(hello(long, "a")) == opening_hash(hello(long, "b")) == opening_hash({"prompt": long})
+
+
 def test_the_split_depends_on_the_question_alone(all_copies: Path, tmp_path: Path) -> None:
     prepare(all_copies, tmp_path, "--sft", "--datasets", "smoltalk", "--validation_fraction", "0.3")
     prepare(all_copies, tmp_path, "--dpo", "--datasets", "Infinity-Preference", "--validation_fraction", "0.3")
@@ -291,6 +351,33 @@ def test_a_small_run_takes_its_records_from_several_files(all_copies: Path, tmp_
     assert prepare_datasets.SMALL_RECORDS == 1000
     prepare(all_copies, tmp_path / "small", "--dpo", "--small")
     assert list(report_of(tmp_path / "small", "dpo").values())[0]["written"] == 20
+
+
+def test_a_limit_is_reached_as_long_as_there_are_rows(tmp_path: Path) -> None:
+    """A file that has fewer rows than its share leaves the rest to the others, and then to what those held back."""
+    data = tmp_path / "smol-smoltalk" / "data"
+    parts = {"train-0": range(30), "train-1": range(30, 1030), "test-0": range(2000, 2400)}
+    for name, numbers in parts.items():
+        parquet(data / f"{name}.parquet", [{"messages": talk(i), "source": "s"} for i in numbers])
+    for limit, held_out in ((100, 5), (1030, 51), (1400, 370), (1430, 400), (9999, 400)):
+        folder = tmp_path / str(limit)
+        prepare(tmp_path, folder, "--sft", "--max_records", limit, "--validation_fraction", "0")
+        numbers = [int(text.split()[1]) for text in asked(folder, "validation")]
+        assert numbers == list(range(2000, 2000 + held_out)), limit  # few while there are others, at last all
+        numbers = [int(text.split()[1]) for text in asked(folder)]
+        assert len(numbers) == len(set(numbers)) == min(limit, 1430) - held_out and set(numbers) >= set(range(30))
+        assert counts_of(folder, "sft")["HuggingFaceTB/smol-smoltalk"][0] == min(limit, 1430)  # none is read twice
+
+
+def test_a_token_budget_is_reached_as_long_as_there_are_texts(tmp_path: Path) -> None:
+    folder = tmp_path / "IndustryCorpus2" / "law"
+    english, chinese = [f"English text number {i:03}. " * 20 for i in range(500)], [f"中文{i}" * 20 for i in range(5)]
+    parquet(folder / "english" / "high" / "r.parquet", [{"text": text} for text in english])
+    parquet(folder / "chinese" / "high" / "r.parquet", [{"text": text} for text in chinese])
+    prepare(tmp_path, tmp_path, "--pretrain", "--max_tokens", "20000", "--validation_fraction", "0")
+    texts = texts_of(tmp_path / "pretrain" / "pretrain_data.jsonl")
+    size = sum(len(text.encode()) for text in texts)
+    assert 80_000 <= size < 80_000 + len(english[0]) and len(set(texts)) == len(texts) and set(chinese) < set(texts)
 
 
 def test_bad_rows_and_shards_are_counted_and_never_stop_the_rest(problems: Path, tmp_path: Path) -> None:
@@ -398,7 +485,39 @@ def test_a_run_killed_twice_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path
         assert not list((tmp_path / "killed").rglob("sft/sft_data.jsonl"))  # nothing half-written under a final name
     prepare(root, tmp_path / "killed", *more)
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
-    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob(pipeline.PROGRESS))
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob(output.PROGRESS))
+
+
+def test_a_limited_run_interrupted_anywhere_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every third row that is read: while the held-out files are looked through, in each pass, between files."""
+    data = tmp_path / "copies" / "smol-smoltalk" / "data"
+    parts = {"train-0": range(3), "train-1": range(3, 30), "train-2": range(25, 60), "test-0": range(55, 75)}
+    for name, numbers in parts.items():
+        parquet(data / f"{name}.parquet", [{"messages": talk(i), "source": "s"} for i in numbers])
+    more = ["--sft", "--max_records", "45", "--validation_fraction", "0.2", "--deduplicate", "exact"]
+    prepare(data.parent.parent, tmp_path / "whole", *more)
+    read_rows, interruptions = pipeline.read_rows, 0
+    for wanted in range(0, 100, 3):
+        rows = iter(range(1000))
+
+        def lost(file: DataFile, start: int, rows=rows, wanted=wanted) -> Iterator:
+            for row in read_rows(file, start):
+                if next(rows) == wanted:
+                    raise UserError("connection lost")
+                yield row
+
+        output_dir = tmp_path / str(wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "read_rows", lost)
+            try:
+                prepare(data.parent.parent, output_dir, *more)
+            except UserError:
+                interruptions += 1
+        prepare(data.parent.parent, output_dir, *more)
+        assert bytes_of(output_dir) == bytes_of(tmp_path / "whole"), wanted
+    assert 20 < interruptions < 33 and counts_of(tmp_path / "whole", "sft")["HuggingFaceTB/smol-smoltalk"][1] == 45
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_do_not_continue_one(
@@ -425,7 +544,7 @@ def test_a_finished_run_is_not_repeated_and_other_settings_do_not_continue_one(
 
 
 def test_two_runs_do_not_write_into_the_same_folder(problems: Path, tmp_path: Path) -> None:
-    with pipeline.locked(tmp_path / "sft"), pytest.raises(UserError, match="another run is writing here"):
+    with output.locked(tmp_path / "sft"), pytest.raises(UserError, match="another run is writing here"):
         prepare(problems, tmp_path, "--sft")
 
 
@@ -450,6 +569,20 @@ def test_the_position_of_a_stream_goes_through_json(all_copies: Path) -> None:
         (["--source", "local"], "--path"),
         (["--path", "x"], "--path only goes with"),
         (["--source", "tiny", "--max_records", "3"], "--small"),
+        (["--source", "tiny", "--language", "chinese", "--deduplicate", "near"], "--deduplicate, --language: not with"),
+        (["--source", "tiny", "--validation_fraction", "0.5"], "--validation_fraction: not with --source tiny"),
+        (["--source", "tiny", "--max_tokens", "1e6", "--keep_languages", "zh"], "--keep_languages, --max_tokens: not"),
+        (["--source", "tiny", "--decontaminate", "x", "--min_characters", "9"], "--decontaminate, --min_characters: "),
+        (["--deduplicate", "near", "--near_threshold", "80"], "--near_threshold 80.0: must be at most 1"),
+        (["--deduplicate", "near", "--near_threshold", "0"], "--near_threshold 0.0: must be above 0"),
+        (["--near_threshold", "0.9"], "--near_threshold 0.9: only --deduplicate near uses it"),
+        (["--sft", "--datasets", "gsm8k", "--language", "chinese"], "--language chinese: only IndustryCorpus2 has it"),
+        (["--dpo", "--industry", "law", "news"], "--industry law news: only IndustryCorpus2 has it, which is not sel"),
+        (["--quality", "low", "--pretrain", "--datasets", "fineweb"], "--quality low: only IndustryCorpus2 has it"),
+        (["--datasets", "gsm8k", "openai/gsm8k"], "gsm8k and openai/gsm8k both take .* of openai/gsm8k"),
+        (["--datasets", "gsm8k", "gsm8k"], "gsm8k and gsm8k both take"),
+        (["--datasets", "gsm8k", "gsm8k@abc"], "gsm8k and gsm8k@abc both take"),
+        (["--datasets", "smoltalk:longalign,all", "smoltalk"], "both take data/all/train"),
         (["--small", "--max_records", "3"], "--max_records 3"),
         (["--max_records", "0"], "--max_records 0"),
         (["--validation_fraction", "1"], "--validation_fraction 1"),
@@ -461,6 +594,50 @@ def test_the_position_of_a_stream_goes_through_json(all_copies: Path) -> None:
 def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare_datasets.main(arguments)
+
+
+def test_choices_that_no_dataset_of_a_folder_has_are_refused(problems: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--language chinese: only IndustryCorpus2 has it"):
+        prepare(problems, tmp_path, "--language", "chinese")
+    assert not list(tmp_path.rglob("*_data.jsonl"))
+
+
+def test_two_configurations_of_a_dataset_are_told_apart_in_the_report(all_copies: Path, tmp_path: Path) -> None:
+    prepare(all_copies, tmp_path, "--sft", "--datasets", "smoltalk:everyday-conversations", "smoltalk", "gsm8k")
+    counts = {name: (read, written) for name, (read, written, _) in counts_of(tmp_path, "sft").items()}
+    assert counts == {
+        "HuggingFaceTB/smoltalk:everyday-conversations": (3, 3),
+        "HuggingFaceTB/smoltalk:all": (20, 20),
+        "openai/gsm8k": (20, 20),
+    }
+    repos = [source["repo"] for source in report_of(tmp_path, "sft").values()]
+    assert repos == ["HuggingFaceTB/smoltalk", "HuggingFaceTB/smoltalk", "openai/gsm8k"]
+
+
+def leave_shards(folder: Path, part: str) -> Path:
+    """What a run on executors leaves there, and a file of the user's own, whose path is returned."""
+    for name in ("-00000.jsonl", "-00012.jsonl"):
+        for side in ("", "validation/"):
+            lines(folder / f"{side}{part}_data{name}", [{"text": "of an earlier run"}])
+    lines(folder / "tokens" / "manifest.json", [{}])
+    lines(folder / f"{part}_data-mine.jsonl", [{"text": "mine"}])
+    return folder / f"{part}_data-mine.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["plain", "mixture", "tiny"])
+def test_what_another_kind_of_run_left_is_removed(problems: Path, tmp_path: Path, kind: str) -> None:
+    """A directory as --data_path would train on both."""
+    mine = leave_shards(tmp_path / "sft", "sft")
+    (tmp_path / "m.yaml").write_text("sft: {sources: [{dataset: gsm8k, weight: 1}]}", "utf-8")
+    if kind == "tiny":
+        prepare_datasets.main(["--source", "tiny", "--small", "--sft", "--output_dir", str(tmp_path)])
+    else:
+        more = ["--mixture", tmp_path / "m.yaml"] if kind == "mixture" else ["--sft"]
+        prepare(problems, tmp_path, *more, "--validation_fraction", "0.3")
+    visible = expand_paths([tmp_path / "sft", tmp_path / "sft" / "validation"], (".jsonl",))
+    names = {path.relative_to(tmp_path / "sft").as_posix() for path in visible}
+    assert names == {"sft_data.jsonl", "validation/sft_data.jsonl", mine.name}
+    assert not (tmp_path / "sft" / "tokens").exists()
 
 
 def test_a_folder_without_known_datasets_is_an_error(problems: Path, tmp_path: Path) -> None:

@@ -172,6 +172,16 @@ def test_four_forms_of_a_function_call_become_the_same_conversation() -> None:
         validate_tools(record["tools"])
 
 
+def test_an_empty_list_of_calls_leaves_no_tags_to_learn() -> None:
+    def answered(text: str) -> dict:
+        return {"messages": [turn("system", HERMES_SYSTEM), turn("user", "Who are you?"), turn("assistant", text)]}
+
+    record = smoltalk.convert(answered("I am a model.\n<tool_call>[]</tool_call>"), CONTEXT)
+    assert record["messages"] == [turn("user", "Who are you?"), turn("assistant", "I am a model.")]
+    with pytest.raises(Rejected, match="empty tool call list"):
+        smoltalk.convert(answered("<tool_call>[]</tool_call>"), CONTEXT)
+
+
 def test_calls_written_as_python_literals_and_several_calls_and_results_are_read() -> None:
     calls = "Both.<tool_call>\n{'arguments': {'town': 'Rome'}, 'name': 'weather'}\n</tool_call>" * 2
     results = "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"

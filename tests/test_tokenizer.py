@@ -483,6 +483,8 @@ def test_load_refusals(data: Path, tmp_path: Path) -> None:
     (tmp_path / "no_tokenizer").mkdir()
     with pytest.raises(UserError, match="--resize_model and --resized_dir belong together"):
         train_tokenizer.main([*command, "--qwen_model", "x", "--resize_model", "y"])
+    with pytest.raises(UserError, match="--pad_vocab_to_multiple_of 64: only --resize_model uses it"):
+        train_tokenizer.main([*command, "--qwen_model", "x", "--pad_vocab_to_multiple_of", "64"])
     with pytest.raises(UserError, match="no tokenizer at .*no_tokenizer"):
         train_tokenizer.main([*command, "--qwen_model", str(tmp_path / "no_tokenizer")])
     assert not list((tmp_path / "out").rglob("*"))

@@ -9,7 +9,11 @@
 Stages: convert (the converters, filters and split of the pipeline; signatures of the texts), buckets and clusters
 (datatrove's MinHash, or its exact deduplication), write (without the duplicates), publish, tokenise, join. A stage
 that is done is not repeated, so the same command goes on after an interruption. What lies between the stages is in
-`<part>/.datatrove`, which must be a folder that all machines see. Limits are shared by the tasks in equal parts."""
+`<part>/.datatrove`, which must be a folder that all machines see. Limits are shared by the tasks in equal parts.
+
+As in a plain run no training row begins as a row does that a publisher held out: every task reads all held-out files
+before its own. But of near duplicates with different questions datatrove keeps the first that it meets, which need not
+be the held-out one."""
 
 import dataclasses
 import json
@@ -46,17 +50,18 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from smolkit.errors import UserError
 from smolkit.files import atomic_writer, write_json
 from smolkit.filters import Filters, Words, text_of
+from smolkit.sources.output import REPORT, already_written, locked, remove_earlier
 from smolkit.sources.pipeline import (
-    REPORT,
+    HeldOut,
     Input,
     Limits,
     Settings,
     Stream,
-    already_written,
     fingerprint_of,
     identity_hash,
     in_share,
-    locked,
+    names_of,
+    origin,
 )
 
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
@@ -124,9 +129,10 @@ class Convert(PipelineStep):
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         filters, reports = Filters(**self.filters), []
+        openings = HeldOut(self.inputs, self.settings).openings
         with atomic_writer(self.work / "converted" / f"{rank:05d}.jsonl", "wb") as file:
             for number, data in enumerate(self.inputs):
-                stream = Stream(share_of(data, rank, world_size), self.settings, filters.judge)
+                stream = Stream(share_of(data, rank, world_size), self.settings, filters.judge, openings)
                 for record, line, held_out in stream:
                     aside = held_out or in_share(identity_hash(record), self.settings.validation_fraction)
                     file.write(b"%d %d " % (number, aside) + line)
@@ -179,7 +185,7 @@ class Publish(PipelineStep):
     def __init__(self, part: str, inputs: Sequence[Input], folder: Path, fingerprint: dict, duplicates: str) -> None:
         super().__init__()
         self.part, self.folder, self.fingerprint, self.duplicates = part, folder, fingerprint, duplicates
-        self.names = [(data.source.repo, data.revision) for data in inputs]
+        self.sources = {name: origin(data) for name, data in zip(names_of(inputs), inputs, strict=True)}
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
         work, files = work_of(self.folder), {}
@@ -190,11 +196,8 @@ class Publish(PipelineStep):
                     final = folder / f"{self.part}_data-{shard.name}"
                     link_over(shard, final)  # not moved: interrupted, this stage begins again
                     files[final.relative_to(self.folder).as_posix()] = {"bytes": size}
+        remove_earlier(self.folder, self.part, files)
         write_json(self.folder / REPORT, {"sources": self.report(work), "files": files, "settings": self.fingerprint})
-        for pattern in (f"{self.part}_data*.jsonl", f"validation/{self.part}_data*.jsonl"):
-            for found in self.folder.glob(pattern):
-                if found.relative_to(self.folder).as_posix() not in files:
-                    found.unlink()
         for name in ("converted", "shards", "signatures", "duplicates", "removed"):
             shutil.rmtree(work / name, ignore_errors=True)
 
@@ -203,7 +206,7 @@ class Publish(PipelineStep):
         tasks = [json.loads(path.read_text("utf-8")) for path in sorted((work / "reports").glob("*.json"))]
         written = [json.loads(path.read_text("utf-8")) for path in sorted((work / "written").glob("*.json"))]
         report = {}
-        for number, (repo, revision) in enumerate(self.names):
+        for number, (name, where) in enumerate(self.sources.items()):
             converted = sum(task[number]["written"] for task in tasks)
             kept = sum(counts.get(str(number), 0) for counts in written)
             dropped: dict[str, dict] = {}
@@ -214,7 +217,7 @@ class Publish(PipelineStep):
                 dropped[f"duplicate: {self.duplicates}"] = {"rows": converted - kept, "for_example": ["(see the logs)"]}
             read = sum(task[number]["read"] for task in tasks)
             counts = {"read": read, "written": kept, "duplicate_prompts": None}  # they would have to meet in one place
-            report[repo] = counts | {"dropped": dropped, "revision": revision}
+            report[name] = counts | {"dropped": dropped, **where}
         return report
 
 

@@ -10,7 +10,9 @@
 `weight` is the share of the source in the mixture: of its records, in pretraining of its bytes. `repeat` is how
 often a record may be used (default once). Without `total` the mixture is as large as no source has to be
 repeated more often. Each source is first prepared on its own (in the hidden folder `<part>/.sources/`,
-resumable), so its size is known; mixing then only copies lines. Validation rows are never repeated."""
+resumable), so its size is known; mixing then only copies lines. Validation rows are never repeated, and what one
+source's publisher held out is not trained on from another (near duplicates with another question apart: of those
+`--deduplicate near` keeps the one of the source that is named first)."""
 
 import json
 import re
@@ -25,7 +27,8 @@ import yaml
 from smolkit.errors import UserError
 from smolkit.files import atomic_writer, write_json
 from smolkit.filters import Filters
-from smolkit.sources.pipeline import BYTES_PER_TOKEN, REPORT, Input, Settings, write_part
+from smolkit.sources.output import REPORT, output_names, remove_earlier
+from smolkit.sources.pipeline import BYTES_PER_TOKEN, HeldOut, Input, Settings, write_part
 
 NUMBER = (int, float)
 KEYS: dict[str, Any] = {"dataset": str, "weight": NUMBER, "repeat": int, "max_records": int, "max_tokens": NUMBER}
@@ -145,13 +148,13 @@ def prepare_mixture(
 ) -> dict:
     """Prepare each input (one for each share, in order) on its own, mix them into `<folder>/<part>_data.jsonl`,
     concatenate their validation rows, and write the report, which is returned. Raises UserError."""
-    parts, reports, after = {}, {}, ""
+    parts, reports, after, held_out = {}, {}, "", HeldOut(inputs, settings)
     for share, data in zip(mixture.shares, inputs, strict=True):
         own = parts[share.dataset] = folder / ".sources" / slug(share.dataset)
-        report = write_part(part, [data], own, settings, filters, restart, after)
+        report = write_part(part, [data], own, settings, filters, restart, after, held_out)
         after = f"{after} {share.dataset}".strip()
         reports[share.dataset] = report["sources"][data.source.repo]
-    by_bytes, name = part == "pretrain", f"{part}_data.jsonl"
+    by_bytes, (name, validation) = part == "pretrain", output_names(part)
     paths = {dataset: own / name for dataset, own in parts.items()}
     sizes = {dataset: path.stat().st_size if by_bytes else _rows(path) for dataset, path in paths.items()}
     wanted = quotas(sizes, mixture, mixture.total and mixture.total * (BYTES_PER_TOKEN if by_bytes else 1))
@@ -161,7 +164,8 @@ def prepare_mixture(
             file.write(line)
             rows[dataset] += 1
             size[dataset] += len(line)
-    concatenate((own / "validation" / name for own in parts.values()), folder / "validation" / name)
+    concatenate((own / validation for own in parts.values()), folder / validation)
+    remove_earlier(folder, part, output_names(part))
     given = size if by_bytes else rows
     for dataset, report in reports.items():
         passes = round(given[dataset] / sizes[dataset], 3)

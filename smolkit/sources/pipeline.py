@@ -1,38 +1,41 @@
 """From the files of public datasets to `data/<part>/`: convert, filter, split by a stable hash, count, write.
 
 Everything streams: one batch of rows is in memory at a time, and 8 bytes for each prompt of a conversation (to
-count the prompts that come twice). A run may be killed at any moment: the same command goes on from the last
-checkpoint and ends with the same bytes. A checkpoint is a small JSON file beside the unfinished output that
+count the prompts that come twice) and for each row that a publisher held out. These are read before anything is
+written, and again as the first rows of the output: no training row may begin as one of them does, and of two rows that
+resemble each other the filters keep the held-out one. A run may be killed at any moment: the same command goes on from
+the last checkpoint and ends with the same bytes. A checkpoint is a small JSON file beside the unfinished output that
 says, for every source, how many rows were read, and how long the outputs were; what was written after it is cut
 off."""
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from tqdm import tqdm
 
 from smolkit.errors import UserError
 from smolkit.files import write_json
-from smolkit.filters import Filters, HashSet
+from smolkit.filters import Filters, HashSet, digest
 from smolkit.sources.base import Rejected, RowContext, Source
 from smolkit.sources.files import DataFile, LayoutChanged, Unreadable, check_columns, read_rows, spread
+from smolkit.sources.output import REPORT, Writer, already_written, locked, records_of
 
 SPREAD_FILES = 8  # a limited run takes its records from up to this many files, so that it covers languages, topics
+HELD_OUT_PART = 20  # and at first one 20th of them from what the publisher held out, which is read before
+OPENING_BYTES = 20  # of what a user says first; less is a greeting, which asks nothing
+HELD_OUT = "stands in the held-out files"  # the reason under which training rows that do are counted
+FORMAT = 2  # of the output: raised when equal settings no longer write equal bytes
 BYTES_PER_TOKEN = 4  # the estimate behind `max_tokens`: English under a large vocabulary, UTF-8 Chinese likewise
 CHECKPOINT_BYTES = 32 << 20  # of output between two checkpoints
 PLACES = 3  # of each reason that the report names
 MOST_REASONS = 50  # of one source that are told apart: some carry a value of the row, such as an unknown role
-REPORT = "prepare_report.json"
 ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-PROGRESS = ".prepare_progress.json"
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Input:
-    """One source with its files, the commit they are of ("" on disk), and how much to take of it."""
+    """One source with its files, the commit they are of ("" on disk), how much to take of it, and the configuration
+    that tells it from another input of the same source."""
 
     source: Source
     files: list[DataFile]
     limits: Limits
     revision: str = ""
+    config: str = ""
+
+
+def names_of(inputs: Sequence[Input]) -> list[str]:
+    """What each input is called in the report: its repository, and the configuration where that comes twice."""
+    repos = [data.source.repo for data in inputs]
+    return [i.source.repo if repos.count(i.source.repo) == 1 else f"{i.source.repo}:{i.config}" for i in inputs]
 
 
 @dataclass(frozen=True)
@@ -89,34 +100,55 @@ class Tally:
 
 
 class Stream:
-    """The records of one source, from a position that can be saved and restored."""
+    """The records of one source, from a position that can be saved and restored.
 
-    def __init__(self, data: Input, settings: Settings, judge: Callable[[dict], str | None]) -> None:
-        """`judge` gives the reason why a record is unwanted, or None."""
-        self.data, self.settings, self.judge = data, settings, judge
-        training = spread([f for f in data.files if not f.held_out], settings.seed)
-        self.files = training + [f for f in data.files if f.held_out]
-        self.share = self.share_of_a_file(training)
+    The files are read in passes: those that the publisher held out, the others, and, as long as a limit is not
+    reached, what was left when a file had given its share."""
+
+    def __init__(
+        self,
+        data: Input,
+        settings: Settings,
+        judge: Callable[[dict], str | None],
+        held_out: frozenset[int] | HashSet = frozenset(),
+    ) -> None:
+        """`judge` gives the reason why a record is unwanted, or None; `held_out` are the `opening_hash`es that no
+        training row may have."""
+        self.data, self.settings, self.judge, self.held_out = data, settings, judge, held_out
+        first = [f for f in data.files if f.held_out]
+        self.files = first + spread([f for f in data.files if not f.held_out], settings.seed)
+        # [file, its next row]: what this pass has still to read, the file under way first, and what later ones have.
+        self.queue = [[number, 0] for number in range(len(first))]
+        self.left = [[number, 0] for number in range(len(first), len(self.files))]
+        self.in_held_out = True  # the first pass
+        self.share = self.share_of_held_out()
         self.tally = Tally()
-        # The file under way, its next row, what was written when it began, and whether its columns were checked.
-        self.file, self.row, self.before, self.checked = 0, 0, (0, 0), False
+        # What was written when the file under way began, and whether its columns were checked.
+        self.before, self.checked = (0, 0), False
 
-    def share_of_a_file(self, training: Sequence[DataFile]) -> tuple[float, float]:
-        """(records, bytes of text) that a limited run takes from one file, so that it covers several of them;
-        a budget of tokens covers every folder (language, topic) that there is."""
-        limits, folders = self.data.limits, {file.path.rpartition("/")[0] for file in training}
-        most_files = max(1, min(SPREAD_FILES, len(training)))
-        records = math.ceil(limits.records / most_files) if limits.records else math.inf
-        text_bytes = limits.tokens * BYTES_PER_TOKEN / max(1, len(folders)) if limits.tokens else math.inf
-        return records, text_bytes
+    def share_of_held_out(self) -> tuple[float, float]:
+        """(records, bytes of text) that a limited run takes from each held-out file before it reads the others."""
+        limits, parts = self.data.limits, HELD_OUT_PART * max(1, len(self.queue))
+        records = limits.records // parts if limits.records else math.inf
+        return records, limits.tokens * BYTES_PER_TOKEN / parts if limits.tokens else math.inf
+
+    def share_of_a_file(self) -> tuple[float, float]:
+        """(records, bytes of text) of what a limit still allows that this pass takes from one file, so that it covers
+        several of them; a budget of tokens covers every folder (language, topic) that there is."""
+        limits, tally = self.data.limits, self.tally
+        folders = {self.files[number].path.rpartition("/")[0] for number, _ in self.queue}
+        most_files = max(1, min(SPREAD_FILES, len(self.queue)))
+        records = math.ceil((limits.records - tally.written) / most_files) if limits.records else math.inf
+        room = limits.tokens * BYTES_PER_TOKEN - tally.text_bytes if limits.tokens else math.inf
+        return records, room / max(1, len(folders))
 
     def state(self) -> dict:
-        position = {"file": self.file, "row": self.row, "before": self.before, "checked": self.checked}
-        return position | {"tally": vars(self.tally)}
+        names = ("queue", "left", "in_held_out", "share", "before", "checked")
+        return {name: getattr(self, name) for name in names} | {"tally": vars(self.tally)}
 
     def restore(self, state: dict) -> None:
-        self.file, self.row, self.before = state["file"], state["row"], tuple(state["before"])
-        self.checked = state["checked"]
+        self.queue, self.left, self.in_held_out = state["queue"], state["left"], state["in_held_out"]
+        self.share, self.before, self.checked = tuple(state["share"]), tuple(state["before"]), state["checked"]
         self.tally = Tally(**state["tally"] | {"dropped": Counter(state["tally"]["dropped"])})
 
     def enough(self) -> bool:
@@ -133,22 +165,51 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[dict, bytes, bool]]:
         """(record, its line of JSON, held out by the publisher) of every usable row; the rest is counted by
         reason."""
-        while self.file < len(self.files) and not self.enough():
-            file = self.files[self.file]
-            for record, line in () if self.enough_of_file() else self.usable_rows(file):
-                yield record, line, file.held_out
-                if self.enough_of_file():
-                    break
-            self.file, self.row, self.checked = self.file + 1, 0, False
-            self.before = (self.tally.written, self.tally.text_bytes)
+        yield from self.held_out_rows()
+        while not self.enough() and (self.queue or self.next_pass()):
+            yield from self.next_file()
+
+    def held_out_rows(self) -> Iterator[tuple[dict, bytes, bool]]:
+        """What iterating gives first: the rows of the first pass."""
+        while self.in_held_out and self.queue and not self.enough():
+            yield from self.next_file()
+
+    def next_pass(self) -> bool:
+        """Go on with the files that have rows left, those that the publisher held out when no others have. Whether
+        there are any."""
+        training, held_out = (
+            [at for at in self.left if self.files[at[0]].held_out == wanted] for wanted in (False, True)
+        )
+        self.queue, self.left = (training, held_out) if training else (held_out, [])
+        self.in_held_out, self.share = False, self.share_of_a_file()
+        self.begin_file()
+        return bool(self.queue)
+
+    def begin_file(self) -> None:
+        self.before = (self.tally.written, self.tally.text_bytes)
+        self.checked = bool(self.queue) and self.queue[0][1] > 0  # left after a row that was sound
+
+    def next_file(self) -> Iterator[tuple[dict, bytes, bool]]:
+        """What the first file of the queue gives, up to its share."""
+        file = self.files[self.queue[0][0]]
+        for record, line in () if self.enough_of_file() else self.usable_rows(file):
+            yield record, line, file.held_out
+            if self.enough_of_file():
+                break
+        done = self.queue.pop(0)
+        if self.enough_of_file():
+            self.left.append(done)
+        self.begin_file()
 
     def usable_rows(self, file: DataFile) -> Iterator[tuple[dict, bytes]]:
+        at = self.queue[0]
         try:
-            for index, row in read_rows(file, self.row):
-                self.row = index + 1
+            for index, row in read_rows(file, at[1]):
+                at[1] = index + 1
                 self.tally.read += 1
+                place = f"{file.path}:{at[1]}"
                 if isinstance(row, Unreadable):
-                    self.tally.drop(str(row), f"{file.path}:{self.row}")
+                    self.tally.drop(str(row), place)
                     continue
                 if not self.checked:
                     check_columns(self.data.source, file, row)
@@ -156,7 +217,7 @@ class Stream:
                 try:
                     usable = self.convert(file, index, row)
                 except Rejected as reason:
-                    self.tally.drop(str(reason), f"{file.path}:{self.row}")
+                    self.tally.drop(str(reason), place)
                     continue
                 self.tally.written += 1
                 self.tally.text_bytes += len(usable[0].get("text", "").encode())
@@ -175,6 +236,8 @@ class Stream:
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             # A row unlike the first one (checked above): a field is missing or of another type.
             raise Rejected(f"row not in the layout ({type(error).__name__}: {error})") from None
+        if self.held_out and not file.held_out and opening_hash(record) in self.held_out:
+            raise Rejected(HELD_OUT)
         reason = self.judge(record)
         if reason is not None:
             raise Rejected(reason)
@@ -183,7 +246,7 @@ class Stream:
 
 def identity(record: dict) -> str:
     """What decides on which side of the split a record falls: its text, or what the user first asked, so that
-    the same question never stands on both sides."""
+    the split never puts the same question on both sides."""
     if "text" in record:
         return record["text"]
     turns = record.get("messages") or record["prompt"]
@@ -194,125 +257,69 @@ def identity(record: dict) -> str:
 
 def identity_hash(record: dict) -> int:
     """64 bits of `identity`."""
-    return int.from_bytes(hashlib.blake2b(identity(record).encode(), digest_size=8).digest(), "big")
+    return digest(identity(record))
 
 
-def in_share(digest: int, fraction: float) -> bool:
+def opening_hash(record: dict) -> int:
+    """64 bits of what no training row may share with a row that a publisher held out: its text or first question. A
+    first turn of a few letters is taken together with what the user says next: most of everyday-conversations begin
+    with "Hi", and would all be left out for one of them."""
+    turns = record.get("messages") or record.get("prompt")
+    said = [m["content"] for m in turns if m["role"] == "user"] if isinstance(turns, list) else []
+    opening = said[0] if said else identity(record)
+    for more in said[1:]:
+        if len(opening.encode()) >= OPENING_BYTES:
+            break
+        opening = f"{opening}\n{more}"
+    return digest(opening)
+
+
+class HeldOut:
+    """What the publishers of several inputs held out, whatever the limits are."""
+
+    def __init__(self, inputs: Sequence[Input], settings: Settings) -> None:
+        self.inputs = [replace(i, files=[f for f in i.files if f.held_out], limits=Limits()) for i in inputs]
+        self.settings = settings
+
+    def mark(self) -> str:
+        """Changes with the files, for a run's fingerprint."""
+        listed = [f"{i.source.repo} {i.revision} {files_hash(i.files)}" for i in self.inputs if i.files]
+        return hashlib.blake2b("\n".join(listed).encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def openings(self) -> HashSet:
+        """The `opening_hash` of every row, read when first asked for. Raises UserError."""
+        found = HashSet()
+        for data in (data for data in self.inputs if data.files):
+            rows = Stream(data, self.settings, lambda record: None)
+            for record, _, _ in tqdm(rows, f"{data.source.name}: held-out files", unit=" rows", mininterval=1):
+                found.add(opening_hash(record))
+        return found
+
+
+def in_share(value: int, fraction: float) -> bool:
     """Whether a 64-bit hash falls into the first `fraction` of all hashes."""
-    return digest < fraction * 2**64
+    return value < fraction * 2**64
 
 
-class Writer:
-    """The two unfinished outputs of one part, their checkpoint, and their way to the final names."""
-
-    def __init__(self, folder: Path, name: str, fingerprint: dict) -> None:
-        self.finals = {"train": folder / name, "held_out": folder / "validation" / name}
-        self.parts = {side: path.with_name(f".{path.name}.part") for side, path in self.finals.items()}
-        self.progress = folder / PROGRESS
-        self.fingerprint = fingerprint
-        self.rows = dict.fromkeys(self.finals, 0)
-        self.unsaved = 0
-
-    def resume(self) -> list[dict] | None:
-        """The states of the streams at the last checkpoint, the outputs cut back to it; None to begin afresh.
-        Raises UserError when an unfinished run had other settings."""
-        saved = json.loads(self.progress.read_text("utf-8")) if self.progress.exists() else None
-        if saved:
-            changed = [key for key, value in self.fingerprint.items() if saved["fingerprint"].get(key) != value]
-            if changed:
-                raise UserError(
-                    f"{self.progress.parent}: an unfinished run had other settings ({', '.join(changed)}); repeat its "
-                    "command to finish it, or add --restart to begin afresh"
-                )
-            self.rows = saved["rows"]
-        self.files = {}
-        for side, path in self.parts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.files[side] = open(path, "r+b" if saved else "wb")
-            self.files[side].truncate(saved["sizes"][side] if saved else 0)
-            self.files[side].seek(0, os.SEEK_END)
-        return saved and saved["streams"]
-
-    def write(self, line: bytes, side: str) -> None:
-        self.files[side].write(line)
-        self.rows[side] += 1
-        self.unsaved += len(line)
-
-    def checkpoint(self, streams: Sequence[Stream]) -> None:
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        sizes = {side: file.tell() for side, file in self.files.items()}
-        states = [stream.state() for stream in streams]
-        value = {"fingerprint": self.fingerprint, "rows": self.rows, "sizes": sizes, "streams": states}
-        write_json(self.progress, value)
-        self.unsaved = 0
-
-    def finish(self) -> None:
-        """Give the outputs their names. An empty one is not written: to every stage an empty file is an error."""
-        self.progress.unlink(missing_ok=True)  # killed from here on, the next run begins afresh
-        for side, file in self.files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            if self.rows[side]:
-                os.replace(self.parts[side], self.finals[side])
-            else:
-                self.parts[side].unlink()
-                self.finals[side].unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        for path in (*self.parts.values(), self.progress):
-            path.unlink(missing_ok=True)
-
-
-def records_of(paths: Iterable[Path]) -> Iterator[dict]:
-    """The records of those of our files that exist."""
-    for path in paths:
-        if path.exists():
-            with open(path, "rb") as file:
-                yield from map(json.loads, file)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second run, which would write into the same unfinished files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is writing here; wait for it or use another --output_dir") from None
-    finally:
-        os.close(handle)
+def files_hash(files: Iterable[DataFile]) -> str:
+    listed = "\n".join(sorted(f"{f.path} {f.held_out} {f.stamp}" for f in files))
+    return hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
 
 
 def fingerprint_of(part: str, inputs: Sequence[Input], settings: Settings, filters: Filters) -> dict:
     """Everything that decides the output, in JSON's types; two runs with equal ones write equal bytes."""
-
-    def files_hash(files: list[DataFile]) -> str:
-        listed = "\n".join(sorted(f"{f.path} {f.held_out} {f.stamp}" for f in files))
-        return hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
-
     sources = [
-        {"repo": i.source.repo, "revision": i.revision, "limits": asdict(i.limits), "files": files_hash(i.files)}
+        {
+            "repo": i.source.repo,
+            "config": i.config,
+            "revision": i.revision,
+            "limits": asdict(i.limits),
+            "files": files_hash(i.files),
+        }
         for i in inputs
     ]
-    return {"part": part, "sources": sources, **asdict(settings), "filters": filters.settings()}
-
-
-def already_written(folder: Path, fingerprint: dict) -> bool:
-    """Whether the finished output in `folder` is what this run would write."""
-    report = folder / REPORT
-    if not report.exists() or (folder / PROGRESS).exists():
-        return False
-    found = json.loads(report.read_text("utf-8"))
-    files = found.get("files", {})
-    same_sizes = all(
-        (folder / name).exists() and (folder / name).stat().st_size == f["bytes"] for name, f in files.items()
-    )
-    return found.get("settings") == fingerprint and same_sizes
+    return {"format": FORMAT, "part": part, "sources": sources, **asdict(settings), "filters": filters.settings()}
 
 
 def write_part(
@@ -323,14 +330,16 @@ def write_part(
     filters: Filters,
     restart: bool = False,
     after: str = "",
+    held_out: HeldOut | None = None,
 ) -> dict:
     """Write `<folder>/<part>_data.jsonl`, the same under `validation/`, and the report, which is returned. An
     unfinished run of the same settings is continued, a finished one is left as it is (and says so in the
-    report's "already"), unless `restart`. `after` names what `filters` remember from before. Raises UserError
-    (unusable input, lost connection, other settings)."""
-    fingerprint = fingerprint_of(part, inputs, settings, filters) | {"after": after}
-    writer = Writer(folder, f"{part}_data.jsonl", fingerprint)
-    streams = [Stream(data, settings, filters.judge) for data in inputs]
+    report's "already"), unless `restart`. `after` names what `filters` remember from before, `held_out` is what no
+    training row may share (None: what the publishers of `inputs` held out). Raises UserError (unusable input, lost
+    connection, other settings)."""
+    held_out = held_out or HeldOut(inputs, settings)
+    fingerprint = fingerprint_of(part, inputs, settings, filters) | {"after": after, "held_out": held_out.mark()}
+    writer = Writer(folder, part, fingerprint)
     with locked(folder):
         if restart:
             writer.discard()
@@ -338,18 +347,24 @@ def write_part(
             for record in records_of(writer.finals.values()):
                 filters.remember(record)
             return json.loads((folder / REPORT).read_text("utf-8")) | {"already": True}
+        streams = [Stream(data, settings, filters.judge, held_out.openings) for data in inputs]
         prompts = continue_run(writer, streams, filters, part)
         try:
             for stream in streams:
-                write_stream(part, stream, streams, writer, prompts)
+                write_rows(stream.held_out_rows(), stream, writer, prompts, streams)
+            for stream in streams:
+                name, total, done = stream.data.source.name, stream.data.limits.records, stream.tally.written
+                rows = tqdm(stream, f"{part}: {name}", total, unit=" rows", mininterval=1, initial=done)
+                write_rows(rows, stream, writer, prompts, streams)
             if not writer.rows["train"]:
-                reasons = {s.data.source.repo: dict(s.tally.dropped.most_common(3)) for s in streams}
+                dropped = [dict(s.tally.dropped.most_common(3)) for s in streams]
+                reasons = dict(zip(names_of(inputs), dropped, strict=True))
                 raise LayoutChanged(f"{folder}: no usable row in {reasons}; check the files or the limits")
         except LayoutChanged:
             writer.discard()  # going on would fail again
             raise
         except UserError:
-            writer.checkpoint(streams)  # a lost connection loses nothing else
+            writer.checkpoint([stream.state() for stream in streams])  # a lost connection loses nothing else
             raise
         report = report_of(writer, streams)
         writer.finish()
@@ -357,18 +372,22 @@ def write_part(
     return report
 
 
-def write_stream(part: str, stream: Stream, streams: Sequence[Stream], writer: Writer, prompts: HashSet | None) -> None:
-    """Write what is left of one source, with a progress bar and checkpoints of all of them."""
-    name, total, done = stream.data.source.name, stream.data.limits.records, stream.tally.written
-    rows = tqdm(stream, f"{part}: {name}", total, unit=" rows", mininterval=1, initial=done)
+def write_rows(
+    rows: Iterable[tuple[dict, bytes, bool]],
+    stream: Stream,
+    writer: Writer,
+    prompts: HashSet | None,
+    streams: Sequence[Stream],
+) -> None:
+    """Write rows of one source, with checkpoints of all of them."""
     for record, line, is_held_out in rows:
-        digest = identity_hash(record)
+        value = identity_hash(record)
         if prompts is not None:
-            stream.tally.duplicate_prompts += not prompts.add(digest)
-        aside = is_held_out or in_share(digest, stream.settings.validation_fraction)
+            stream.tally.duplicate_prompts += not prompts.add(value)
+        aside = is_held_out or in_share(value, stream.settings.validation_fraction)
         writer.write(line, "held_out" if aside else "train")
         if writer.unsaved >= CHECKPOINT_BYTES:
-            writer.checkpoint(streams)
+            writer.checkpoint([stream.state() for stream in streams])
 
 
 def continue_run(writer: Writer, streams: Sequence[Stream], filters: Filters, part: str) -> HashSet | None:
@@ -387,13 +406,18 @@ def continue_run(writer: Writer, streams: Sequence[Stream], filters: Filters, pa
     return prompts
 
 
+def origin(data: Input) -> dict:
+    """Where a source is from, for the report: its id on the hub (None for the user's own files) and the commit."""
+    return {"repo": data.source.repo if data.source.on_hub else None, "revision": data.revision}
+
+
 def report_of(writer: Writer, streams: Sequence[Stream]) -> dict:
     sizes = {side: file.tell() for side, file in writer.files.items()}
-    folder = writer.progress.parent
+    names = names_of([stream.data for stream in streams])
     return {
-        "sources": {s.data.source.repo: s.tally.as_dict() | {"revision": s.data.revision} for s in streams},
+        "sources": {name: s.tally.as_dict() | origin(s.data) for name, s in zip(names, streams, strict=True)},
         "files": {
-            path.relative_to(folder).as_posix(): {"rows": writer.rows[side], "bytes": sizes[side]}
+            path.relative_to(writer.folder).as_posix(): {"rows": writer.rows[side], "bytes": sizes[side]}
             for side, path in writer.finals.items()
             if writer.rows[side]
         },

@@ -19,6 +19,12 @@ class Selected:
     revision: str | None = None
     named: bool = True  # by the user, not taken because it is there
 
+    @property
+    def config(self) -> str:
+        """Its configurations as they follow a colon; empty where the dataset has none."""
+        choice = self.source.choices.get("config")
+        return ",".join(self.chosen.get("config") or choice.default) if choice else ""
+
 
 def parse_dataset(text: str, options: Mapping[str, Sequence[str] | None]) -> Selected:
     """`[owner/]name[:config,…][@revision]`; `options` holds the other choices (industry, language, quality).
@@ -35,6 +41,20 @@ def parse_dataset(text: str, options: Mapping[str, Sequence[str] | None]) -> Sel
         raise UserError(f"dataset {text}: {source.repo} has no configurations")
     given = {"config": config.split(",") if config else None, **options}
     return Selected(source, choose(source, given), revision or None)
+
+
+def refuse_overlap(names: Sequence[str], wanted: Sequence[Selected]) -> None:
+    """Raise UserError when two of the datasets (in the user's spelling: `names`) take the same files, whose rows would
+    come twice."""
+    taken: dict[tuple[str, str], str] = {}
+    for name, each in zip(names, wanted, strict=True):
+        for pattern in each.source.patterns(each.chosen)[0]:
+            if (before := taken.get((each.source.repo, pattern))) is not None:
+                raise UserError(
+                    f"{before} and {name} both take {pattern} of {each.source.repo}, whose rows would come twice; name "
+                    "it once (a mixture's repeat takes rows more than once)"
+                )
+            taken[each.source.repo, pattern] = name
 
 
 def known_names() -> list[str]:

@@ -92,9 +92,11 @@ def tool_messages(turns: list[dict], role: str = "from", content: str = "value")
         if kind == "call":
             messages.append({"role": "assistant", "content": "", "tool_calls": as_calls(text)})
         elif kind == "assistant":
-            calls = [as_call(call) for call in turn.get("tool_calls") or []]
-            calls = calls or [call for part in CALL.findall(text) for call in as_calls(part)]
-            text = CALL.sub("", text).strip() if calls else text
+            calls, tagged = [as_call(call) for call in turn.get("tool_calls") or []], CALL.findall(text)
+            calls = calls or [call for part in tagged for call in as_calls(part)]
+            text = CALL.sub("", text).strip() if tagged or calls else text
+            if tagged and not calls and not text:  # APIGen's answer where no function is needed
+                raise Rejected("empty tool call list")
             messages.append({"role": kind, "content": text} | ({"tool_calls": calls} if calls else {}))
         elif kind == "tool":
             messages += [{"role": kind, "content": part} for part in RESPONSE.findall(text) or [text]]
