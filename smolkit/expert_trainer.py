@@ -228,8 +228,11 @@ class ExpertParallelMixin(TrainerMixin):
                 self._load_experts_of_others(best)
             return
         self._load_from_checkpoint(best)
-        if self.master_optimizer() is not None:
+        masters = self.master_optimizer()
+        if masters is not None and (Path(best) / OPTIMIZER_NAME).is_file():
             self._place_optimizer(best)
+        elif masters is not None:  # --save_only_model
+            masters.take_weights()
 
     def _saved_weights(self, checkpoint: str) -> dict[str, torch.Tensor]:
         with parallel.whole_model():

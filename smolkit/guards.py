@@ -139,15 +139,16 @@ class GuardMixin(PersistenceMixin):
 
     # agreement
 
-    def vote(self, *values: float) -> list[float]:
-        """The largest of each value over all processes."""
+    def ballots(self, *values: float) -> torch.Tensor:
+        """The values of every process, (processes, values)."""
+        mine = torch.tensor([values], dtype=torch.float64)
         if self.args.world_size == 1:
-            return list(values)
+            return mine
         if self._group is None:  # on the CPU: the accelerator has nothing to wait for
             self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-        ballot = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
-        return ballot.tolist()
+        every = mine.new_empty(self.args.world_size, len(values))
+        dist.all_gather_into_tensor(every, mine, group=self._group)
+        return every
 
     # signals
 
@@ -259,15 +260,18 @@ class GuardMixin(PersistenceMixin):
         total = sum(losses)
         bad = not math.isfinite(total)
         bad = bad or norm is not None and not math.isfinite(norm) and not self._may_overflow()
-        worst, asked, highest = self.vote(bad, self._asked, total if math.isfinite(total) else -math.inf)
+        ballots = self.ballots(bad, self._asked, total)
+        worst, asked, _ = ballots.amax(0).tolist()
         self.stopping = int(asked)
         if worst:
             self._leave_out(losses, norm, found.step)
             return False
-        usual = self._spikes.usual(highest)
+        # a process's own is weighted by its share of the tokens: twice the mean where it has twice as many
+        mean = float(ballots[:, 2].mean())
+        usual = self._spikes.usual(mean)
         if usual is not None and self.args.process_index == 0:
             print(
-                f"warning: the loss jumped to {highest:.3f} at step {found.step + 1}, from about "
+                f"warning: the loss jumped to {mean:.3f} at step {found.step + 1}, from about "
                 f"{usual:.3f}: look at the data there, or lower --learning_rate",
                 flush=True,
             )
@@ -328,7 +332,7 @@ class GuardMixin(PersistenceMixin):
 
         def checked(loss: torch.Tensor, **kwargs: Any) -> None:
             losses = [*(float(each) for each in self._losses), float(loss.detach())]
-            if self.vote(not math.isfinite(losses[-1]))[0]:
+            if self.ballots(not math.isfinite(losses[-1])).any():
                 self._leave_out(losses, None, self.state.global_step)
             try:
                 backward(loss, **kwargs)

@@ -98,6 +98,12 @@ class MasterAdamW(torch.optim.Optimizer):
         return {weight: self.state[weight]["master"] for weight in self._weights()}
 
     @torch.no_grad()
+    def take_weights(self) -> None:
+        """Make the weights, as they are now, the masters."""
+        for weight, master in self.master_of().items():
+            master.copy_(weight)
+
+    @torch.no_grad()
     def clip_grad_norm(self, max_norm: float, add_up: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Total gradient norm in fp32 (a 0-d tensor); the next `step` scales the gradients down to `max_norm`.
 

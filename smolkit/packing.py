@@ -371,6 +371,14 @@ def pair_lengths(pairs: Dataset) -> np.ndarray:
     return prompt + np.maximum(chosen, rejected)
 
 
+def row_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row made by `pack_rows` or `pack_blocks`, (N,)."""
+    plan = rows.with_format("arrow")[:]
+    start, stop = (plan[name].combine_chunks().flatten().to_numpy() for name in ("start", "stop"))
+    ends = np.cumsum(pc.list_value_length(plan["start"]).to_numpy())  # of each row's pieces
+    return np.diff(np.cumsum(stop - start)[ends - 1], prepend=0)
+
+
 def _head(rows: Dataset | None, count: int) -> Dataset | None:
     return rows and rows.select(range(min(count, len(rows))))
 
@@ -425,6 +433,14 @@ class LengthGroupedOrder(SeededOrder):
             whole = len(stretch) // size
             yield from stretch[: whole * size].reshape(whole, size)[random.permutation(whole)].ravel().tolist()
             yield from stretch[whole * size :].tolist()  # an incomplete step comes last
+        yield from [self.rows] * (self.length - self.rows)
+
+
+class GivenOrder(SeededOrder):
+    """The rows as they lie in the file, in every epoch."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.rows)
         yield from [self.rows] * (self.length - self.rows)
 
 

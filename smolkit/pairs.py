@@ -12,12 +12,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 
-from smolkit.packing import IGNORE, LengthGroupedOrder, SeededOrder, best_fit, pair_lengths
+from smolkit.packing import IGNORE, best_fit, pair_lengths
 from smolkit.training import TrainerMixin
 
 # What TRL's head gives for every token, where it is asked for it.
@@ -45,41 +48,116 @@ class PairCollator:
 class PairLossMixin(TrainerMixin):
     """Put before TRL's trainer of preference pairs; the trainer's collator is a `PairCollator`."""
 
+    loss_types: list[str]  # TRL's
+    loss_weights: list[float]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._lengths: dict[str, np.ndarray] = {}
+        self._epoch: tuple[int, np.ndarray] | None = None  # its number, and the order of its pairs
+        super().__init__(*args, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader:
         """With --train_sampling_strategy group_by_length, steps of pairs of similar length: less padding."""
-        processes, rows = self.accelerator.num_processes, len(self.train_dataset)
-        multiple = processes * self._train_batch_size if processes > 1 else 1
-        order: SeededOrder
-        if self.args.train_sampling_strategy == "group_by_length":
-            step = self._train_batch_size * self.args.gradient_accumulation_steps * processes
-            order = LengthGroupedOrder(pair_lengths(self.train_dataset), self.order_seed(), step, multiple)
-        elif self.args.train_sampling_strategy == "random":
-            order = SeededOrder(rows, self.order_seed(), multiple)
-        else:
-            return super().get_train_dataloader()
-        if processes == 1:
-            return self.ordered_dataloader(self.train_dataset, order)
-        with_blank: Any = [self.train_dataset, [None]]
-        return self.ordered_dataloader(ConcatDataset(with_blank), order)
+        return self.ordered_dataloader(None, pair_lengths)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Every `world_size`-th pair on each process; a process that runs out gets a blank."""
+        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        padded = -(-len(pairs) // world) * world
+
+        def collate(numbers: list[int]) -> dict[str, torch.Tensor]:
+            rows: Any = [pairs[number] if number < len(pairs) else None for number in numbers]
+            return self.data_collator(rows)
+
+        own: Any = range(rank, padded, world)  # a dataset of numbers
+        return DataLoader(own, batch_size=self.args.eval_batch_size, collate_fn=collate)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss over *pairs*; the library counts some twice to give each process the same number."""
+        model = self.model_wrapped if self.is_sharded() else self.model
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64)  # loss, pairs
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            pairs = int(inputs["pairs"])
+            with torch.no_grad(), self.accelerator.autocast():
+                loss = self.compute_loss(model, inputs)
+            total += torch.tensor([float(loss) * pairs, pairs], dtype=torch.float64)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss, pairs = self.ballots(*total.tolist()).sum(0).tolist()
+        none: Any = None  # kept of what was predicted
+        metrics = {f"{metric_key_prefix}_loss": loss / pairs}
+        return EvalLoopOutput(predictions=none, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss, weighted by this micro-batch's share of the pairs of the step."""
-        pairs = inputs.pop("pairs", None)
-        if pairs is None or not model.training or self._order is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        processes, micro_batches = self.args.world_size, self.current_gradient_accumulation_steps
-        whole = self._train_batch_size * self.args.gradient_accumulation_steps * processes
-        rows = self._order.rows
-        if self.args.dataloader_drop_last and processes == 1:  # several share filled up batches: none is dropped
-            rows -= rows % self._train_batch_size
-        done = self.state.global_step % -(-rows // whole) * whole
-        in_step = min(whole, rows - done)
-        uneven = processes > 1 and in_step < whole
-        with self._uneven_gathers(int(pairs)) if uneven else nullcontext():
+        """TRL's loss; in training weighted by this micro-batch's share of the pairs of the step."""
+        pairs, processes = int(inputs.pop("pairs")), self.args.world_size
+        lengths = self._step_lengths() if model.training else self._chosen_lengths("eval")
+        self._metrics["train" if model.training else "eval"]["pairs"].append(self.ballots(pairs).sum().item())
+        uneven = processes > 1 and (not model.training or len(lengths) < self._pairs_of_a_step())
+        with self._uneven_gathers(pairs) if uneven else nullcontext(), self._likelihood(inputs, pairs, lengths):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        weight = int(pairs) * processes * micro_batches / in_step
-        assert not isinstance(loss, tuple), "outputs are only asked for in evaluation"
+        assert not isinstance(loss, tuple), "nothing asks for outputs"
+        if not model.training:
+            return loss
+        weight = pairs * processes * self.current_gradient_accumulation_steps / len(lengths)
         return loss if weight == 1 else loss * weight
+
+    def _pairs_of_a_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _chosen_lengths(self, name: str) -> np.ndarray:
+        """Tokens of the chosen answer of every pair, (N,), to train on or of "eval"."""
+        if name not in self._lengths:
+            pairs = self.eval_dataset if name == "eval" else self.train_dataset
+            self._lengths[name] = pc.list_value_length(pairs.with_format("arrow")[:]["chosen_ids"]).to_numpy()
+        return self._lengths[name]
+
+    def _step_lengths(self) -> np.ndarray:
+        """The same of the pairs of this step, on all processes and in all micro-batches."""
+        assert self._order is not None, "made with the loader"
+        whole, rows = self._pairs_of_a_step(), self._order.rows
+        if self.args.dataloader_drop_last and self.args.world_size == 1:  # several fill up batches: none is dropped
+            rows -= rows % self._train_batch_size
+        if self._epoch is None or self._epoch[0] != self._order.epoch:
+            self._epoch = self._order.epoch, np.fromiter(self._order, np.int64)[:rows]
+        done = self.state.global_step % -(-rows // whole) * whole
+        return self._chosen_lengths("train")[self._epoch[1][done : done + whole]]
+
+    @contextmanager
+    def _likelihood(self, inputs: dict[str, Any], pairs: int, lengths: np.ndarray) -> Iterator[None]:
+        """Within: TRL's "sft" term, a mean over the tokens of the micro-batch, counts as its share of all tokens.
+
+        `lengths`: chosen tokens of all pairs that the loss is a mean of. The loss as a whole is multiplied by the
+        micro-batch's share of the pairs.
+        """
+        given = self.loss_weights
+        if "sft" in self.loss_types and pairs:
+            tokens = int(inputs["completion_mask"].chunk(2)[0][:, 1:].sum())
+            scale = tokens / pairs * len(lengths) / float(lengths.sum())
+            kinds = zip(self.loss_types, given, strict=True)
+            self.loss_weights = [weight * scale if kind == "sft" else weight for kind, weight in kinds]
+        try:
+            yield
+        finally:
+            self.loss_weights = given
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL averages its metrics over batches; here each counts as many times as it has pairs."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        pairs = metrics.pop("pairs", [])
+        for name, values in metrics.items():
+            if len(values) == len(pairs) and len(set(pairs)) > 1:
+                metrics[name] = [float(np.average(values, weights=pairs))]
+        super().log(logs, *args, **kwargs)
 
     @contextmanager
     def _uneven_gathers(self, pairs: int) -> Iterator[None]:
@@ -89,7 +167,8 @@ class PairLossMixin(TrainerMixin):
         def gather(values: torch.Tensor) -> torch.Tensor:
             if values.ndim == 0:  # a sum over tokens; a blank pair has none
                 return plain(values if pairs else torch.zeros_like(values))
-            padded = values.new_full((self._train_batch_size,), float("nan"))
+            size = self._train_batch_size if self.model.training else self.args.eval_batch_size
+            padded = values.new_full((size,), float("nan"))
             padded[:pairs] = values[:pairs]
             every = plain(padded)
             return every[~every.isnan()]
@@ -109,9 +188,7 @@ def unpadded(model: Callable[..., Any]) -> Callable[..., Any]:
     that every loss of TRL and every engine around the model stays as it is.
     """
 
-    def forward(
-        input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any
-    ) -> Any:
+    def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
         real, length = attention_mask.bool(), attention_mask.shape[1]
         lengths = attention_mask.sum(1).tolist()
         rows = best_fit(lengths, length)

@@ -301,10 +301,18 @@ class PersistenceMixin(Host):
         best = self.state.best_model_checkpoint
         assert best is not None, "the library asks only where there is one"
         self._load_from_checkpoint(best)
-        masters = self.master_optimizer()
-        if masters is not None:
-            masters.load_state_dict(torch.load(Path(best) / "optimizer.pt", map_location="cpu", weights_only=True))
+        masters, file = self.master_optimizer(), Path(best) / "optimizer.pt"
+        if masters is not None and file.is_file():
+            masters.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        elif masters is not None:  # --save_only_model
+            masters.take_weights()
         return None
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """--eval_on_start is about the start of a run: a continued one has done it."""
+        if skip_scheduler and self.state.global_step:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def load_states(self, checkpoint: str | None) -> None:
         """Optimizer and schedule as they were saved."""

@@ -69,8 +69,8 @@ class Progress(TrainerCallback):
         self.tokens, self.flops = 0, state.total_flos
         self.last_step = state.global_step
         if self.writes:
-            for name in RUN_FILES:
-                self.tokens = max(self.tokens, _cut_back(self.directory / name, state.global_step))
+            # samples.jsonl has "tokens", too: those of an answer
+            self.tokens = {name: _cut_back(self.directory / name, state.global_step) for name in RUN_FILES}[METRICS]
             self.dtype = product_dtype(args.mixed_precision, next(model.parameters()).dtype)
             self.peak = peak(self.device, self.dtype, self.peak_tflops)
             print(f"MFU is measured against {self.peak} per process", flush=True)

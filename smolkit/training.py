@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -27,7 +28,7 @@ from smolkit.checkpoints import save_final
 from smolkit.errors import UserError, writing
 from smolkit.guards import GuardMixin
 from smolkit.optimizer import MasterAdamW
-from smolkit.packing import IGNORE, SeededOrder, blank_row
+from smolkit.packing import IGNORE, GivenOrder, LengthGroupedOrder, SeededOrder, blank_row, row_lengths
 from smolkit.parallel import clean_name, fsdp_version
 from smolkit.progress import Progress
 from smolkit.runs import complete, leave
@@ -124,8 +125,20 @@ class TrainerMixin(GuardMixin):
         """What the order of the rows depends on, beside the epoch."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def ordered_dataloader(self, dataset: Any, order: SeededOrder) -> DataLoader:
-        """The library's training loader with an order of ours, which learns the epoch in a resumed one, too."""
+    def ordered_dataloader(self, blank: Any, lengths: Callable[[Any], np.ndarray]) -> DataLoader:
+        """The library's training loader in the order of --train_sampling_strategy, made of seed and epoch alone.
+
+        `blank`: fills up rows that do not divide among the processes; `lengths`: of the rows, (N,).
+        """
+        processes, rows = self.accelerator.num_processes, self.train_dataset
+        multiple = processes * self._train_batch_size if processes > 1 else 1
+        if self.args.train_sampling_strategy == "group_by_length":
+            step = self._train_batch_size * self.args.gradient_accumulation_steps * processes
+            order: SeededOrder = LengthGroupedOrder(lengths(rows), self.order_seed(), step, multiple)
+        else:
+            kind = GivenOrder if self.args.train_sampling_strategy == "sequential" else SeededOrder
+            order = kind(len(rows), self.order_seed(), multiple)
+        dataset: Any = rows if processes == 1 else ConcatDataset([rows, [blank]])  # type: ignore[list-item]
         if len(dataset) != order.rows:  # accelerate takes the rest of a division for duplicates to drop from metrics
             dataset.total_dataset_length = len(order)
         loader = self._get_dataloader(dataset, "Training", self._train_batch_size, lambda _: order, is_training=True)
@@ -254,16 +267,7 @@ class TokenLossMixin(TrainerMixin):
 
     def get_train_dataloader(self) -> DataLoader:
         """The library's, but rows that do not divide among the processes are filled up with blank ones."""
-        if self.args.train_sampling_strategy != "random":
-            return super().get_train_dataloader()
-        processes = self.accelerator.num_processes
-        multiple = processes * self._train_batch_size if processes > 1 else 1
-        order = SeededOrder(len(self.train_dataset), self.order_seed(), multiple)
-        if processes == 1:
-            return self.ordered_dataloader(self.train_dataset, order)
-        blank = [blank_row(self.processing_class.pad_token_id)]
-        with_blank: Any = [self.train_dataset, blank]
-        return self.ordered_dataloader(ConcatDataset(with_blank), order)
+        return self.ordered_dataloader(blank_row(self.processing_class.pad_token_id), row_lengths)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every `world_size`-th row on each process; a process that runs out gets a row without labels."""

@@ -379,6 +379,45 @@ def test_packed_pairs_learn_what_padded_ones_do(home, tmp_path, line, monkeypatc
         assert metrics(packed, name) == pytest.approx(metrics(padded, name), rel=1e-4, abs=1e-5), name
 
 
+def uneven_pairs(path: Path) -> Path:
+    """Nine pairs of many lengths."""
+    random = np.random.default_rng(2)
+    answers = [" ".join(random.choice(WORDS, size)) for size in (1, 30, 2, 9, 20, 3, 14, 5, 1, 24, 7, 2)]
+    write(path, [{"prompt": "the", "chosen": a, "rejected": b} for a, b in zip(answers, answers[3:], strict=False)])
+    return path
+
+
+def test_figures_of_held_out_pairs_do_not_depend_on_the_batch(home, tmp_path) -> None:
+    """Nine pairs: 8 + 1, all at once, 2 by 2. Each counts once; so does each of their tokens in the likelihood."""
+    held_out = uneven_pairs(tmp_path / "pairs.jsonl")
+    line = f"--model_path {home}/dense --eval_data_path {held_out} --eval_strategy steps --eval_steps 1 --rpo_alpha 0.5"
+    found = {
+        size: run(train_dpo.main, home, tmp_path / f"{size}", f"{line} --per_device_eval_batch_size {size}")
+        for size in (9, 8, 2)
+    }
+    names = ("loss", "rewards/margins", "rewards/chosen", "rewards/accuracies", "logps/chosen", "lengths/rejected")
+    for name in names:
+        whole = metrics(found[9], f"eval_{name}")
+        assert len(whole) == 2
+        for size in (8, 2):
+            assert metrics(found[size], f"eval_{name}") == pytest.approx(whole, rel=1e-5, abs=1e-6), (name, size)
+
+
+@pytest.mark.parametrize("extra", ["", "--rpo_alpha 1.0", "--loss_type sft --rpo_alpha 0"])
+def test_micro_batches_change_nothing_but_rounding(home, tmp_path, extra) -> None:
+    """Nine pairs a step in one, three or five micro-batches (the last of them smaller): the same updates."""
+    pairs = uneven_pairs(tmp_path / "pairs.jsonl")
+    found = {}
+    for size, accumulation in ((9, 1), (3, 3), (2, 5)):
+        line = f"--model_path {home}/dense --data_path {pairs} --per_device_train_batch_size {size} {extra}"
+        line += f" --gradient_accumulation_steps {accumulation} --max_steps 3"
+        found[size] = run(train_dpo.main, home, tmp_path / f"{size}", line)
+    for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+        whole = metrics(found[9], name)
+        for size in (3, 2):
+            assert metrics(found[size], name) == pytest.approx(whole, rel=1e-4, abs=1e-6), (name, size)
+
+
 def test_trls_own_switch_is_refused(home, tmp_path) -> None:
     with pytest.raises(UserError, match="--padding_free is --packing here"):
         run(train_dpo.main, home, tmp_path / "out", f"--model_path {home}/dense --padding_free true")

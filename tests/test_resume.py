@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,25 @@ def test_killed_runs_continue_bit_for_bit(world, tmp_path) -> None:
         assert not list(whole.rglob("*.bin"))
     tokens = [row["num_tokens"] for row in rows(tmp_path / "dpo-killed") if "num_tokens" in row]
     assert tokens == [row["tokens"] for row in rows(tmp_path / "dpo-killed") if "tokens" in row]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("sft", 1), pytest.param("sft", 2, marks=pytest.mark.slow)])
+def test_other_orders_continue_bit_for_bit(world, tmp_path, stage, ranks) -> None:
+    """42 rows fit, 4 or 8 a step: killed in its second epoch. Every row once an epoch, similar ones together."""
+    plan, orders = [], ("group_by_length", "sequential")
+    layout = {"ranks": ranks, "accumulation": 2}
+    for name in orders:
+        how = f"--train_sampling_strategy {name} --max_steps 16 --logging_steps 1 --eval_strategy no".split()
+        plan += killed_and_whole(world, tmp_path / name, stage, {"kill_at": 15}, *how, **layout)
+    execute(tmp_path, plan, [0, -9, 0] * 2)
+    epoch, spread = {}, {}
+    for name in orders:
+        whole = tmp_path / name / f"{stage}-whole"
+        assert_same(whole, tmp_path / name / f"{stage}-killed")
+        seen = [row["tokens"] for row in rows(whole) if "loss" in row and row["epoch"] <= 1]
+        epoch[name], spread[name] = seen[-1], np.diff([0, *seen[:-1]]).std()
+    assert epoch["group_by_length"] == epoch["sequential"], "every row once"
+    assert spread["group_by_length"] > 1.2 * spread["sequential"]
 
 
 @pytest.mark.slow
@@ -392,6 +412,37 @@ def test_a_jump_of_the_loss_is_noticed_once() -> None:
     assert spikes.usual(7.5) == pytest.approx(float(np.median(falling[-10:])))
     assert [spikes.usual(loss) for loss in (7.6, 4.0, 4.1)] == [None] * 3
     assert guards.Spikes().usual(1e9) is None, "nothing to compare with yet"
+
+
+def test_an_evaluation_at_the_start_and_samples_are_not_repeated(world, tmp_path) -> None:
+    """The run is killed within a logging window, after samples whose rows have numbers of tokens as well."""
+    more = "--eval_on_start true --save_steps 2 --logging_steps 5 --sample_prompts the --sample_tokens 4".split()
+    execute(tmp_path, killed_and_whole(world, tmp_path, "pretrain", {"kill_at": 4}, *more), [0, -9, 0])
+    assert_same(tmp_path / "pretrain-whole", tmp_path / "pretrain-killed")
+    whole = rows(tmp_path / "pretrain-whole")
+    assert [row["step"] for row in whole if "eval_loss" in row][:2] == [0, 2]
+
+
+def test_the_best_of_weights_alone_becomes_the_final_model(world, tmp_path) -> None:
+    """--save_only_model keeps no masters. Here the highest loss is the best, which is an early one's."""
+    best = "--load_best_model_at_end true --save_only_model true --save_steps 2 --save_total_limit 9".split()
+    more = [*best, "--metric_for_best_model", "eval_loss", "--greater_is_better", "true", "--weights_dtype", "bf16"]
+    execute(tmp_path, [job(world, "pretrain", tmp_path / "out", *more)], [0])
+    state = json.loads((newest(tmp_path / "out") / "trainer_state.json").read_text())
+    chosen = Path(state["best_model_checkpoint"])
+    assert chosen.name != newest(tmp_path / "out").name
+    final, kept = weights(tmp_path / "out"), weights(chosen)
+    assert all(torch.equal(final[name].float(), kept[name].float()) for name in kept)
+
+
+def test_uneven_shares_are_no_jump_of_the_loss(world, tmp_path) -> None:
+    """The last step of an epoch has one row for two processes: that row's process has twice the mean as its loss."""
+    still = "--learning_rate 1e-9 --max_steps 30 --logging_steps 1 --eval_strategy no --block_size 41".split()
+    run = job(world, "pretrain", tmp_path / "out", *still, ranks=2, batch=1, accumulation=1)
+    (result,) = execute(tmp_path, [run], [0])
+    made = int(re.search(r"tokens in (\d+) rows", result["output"])[1])
+    assert made % 2 and 10 < made / 2 < 30, "the case that is meant"
+    assert "the loss jumped" not in result["output"]
 
 
 # --- saving
