@@ -4,9 +4,12 @@ A configuration is also one of the five native ones (Llama, Qwen2, Qwen3, Mixtra
 `from_native` translate, and what no native architecture can express is refused.
 """
 
+import copy
+import math
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     LlamaConfig,
     MixtralConfig,
@@ -32,6 +35,11 @@ MOE_FIELDS = "num_experts_per_tok router_aux_loss_coef output_router_logits".spl
 # Training-only settings: they travel in config.json as extra keys, which other readers ignore.
 EXTRA_FIELDS = ("residual_dropout",)
 MOE_EXTRA_FIELDS = ("capacity_factor", "router_z_loss_coef")
+# What is at least 1 (of experts, where there are any).
+SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings num_experts num_experts_per_tok moe_intermediate_size"
+).split()
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # For fields that __post_init__ fills in: whoever reads a configuration finds a value (of experts, where there are any).
 UNSET: Any = None
@@ -105,13 +113,16 @@ class SmolConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
+        self.check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_experts:
-            self.num_experts_per_tok = self.num_experts_per_tok or min(2, self.num_experts)
-            self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+            if self.num_experts_per_tok is None:
+                self.num_experts_per_tok = min(2, self.num_experts)
+            if self.moe_intermediate_size is None:
+                self.moe_intermediate_size = self.intermediate_size
             if self.norm_topk_prob is None:
                 self.norm_topk_prob = self.num_experts_per_tok > 1
             if self.router_aux_loss_coef is None:
@@ -141,6 +152,13 @@ class SmolConfig(PreTrainedConfig):
             )
         return "qwen3_moe" if self.qk_norm else "mixtral"
 
+    def check_sizes(self) -> None:
+        """ValueError for a size below 1: before others are derived from it."""
+        for name in SIZES:
+            value = getattr(self, name)
+            if value is not None and value < 1 and (name, value) != ("num_experts", 0):  # which is dense
+                raise ValueError(f"{name} {value} must be at least 1")
+
     def check(self) -> None:
         """ValueError for a value the model cannot have; every message names the setting, the value and the limit."""
         if self.hidden_size % self.num_attention_heads and self.native_type() == "llama":
@@ -163,16 +181,25 @@ class SmolConfig(PreTrainedConfig):
         for name in ("attention_dropout", "residual_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1)")
-        if not self.num_experts:
-            return
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range {self.initializer_range} is negative: it is a standard deviation")
+        if self.num_experts:
+            self.check_experts()
+        try:
+            self.to_native()  # whose own checks would otherwise come at the first save
+        except (StrictDataclassError, TypeError, KeyError) as error:
+            raise ValueError(" ".join(str(error.args[0]).split())) from error
+
+    def check_experts(self) -> None:
+        """`check` of what only a model with experts has."""
+        if self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is outside [1, {self.num_experts}]")
         if self.num_experts_per_tok == 1 and self.norm_topk_prob:
             raise ValueError(
                 "num_experts_per_tok=1 with norm_topk_prob=True leaves the router without a gradient; "
                 "set norm_topk_prob=False and qk_norm=True (Qwen3-MoE)"
             )
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"capacity_factor {self.capacity_factor} must be positive, or None for dropless")
 
     def to_native(self) -> PreTrainedConfig:
@@ -296,7 +323,7 @@ def preset_config(name: str, **overrides: Any) -> SmolConfig:
     """A named configuration with some fields replaced; ValueError naming the presets when `name` is not one."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
-    return SmolConfig(**PRESETS[name] | overrides)
+    return SmolConfig(**copy.deepcopy(PRESETS[name]) | overrides)  # nobody's change of a dict reaches the preset
 
 
 def count_parameters(config: SmolConfig) -> tuple[int, int]:

@@ -46,6 +46,7 @@ from transformers.utils import ModelOutput
 from smol_config import PRESETS, SmolConfig, count_parameters, flops_per_token, preset_config  # noqa: F401
 from smol_kernels import (
     CPU_BLOCK_LENGTH,
+    CPU_QUERY_BLOCK,
     LinearCrossEntropy,
     RMSNorm,
     Rotate,
@@ -402,7 +403,8 @@ class SparseMoE(nn.Module):
 def router_stats(logits: Tensor, probabilities: Tensor, plan: Dispatch, real: Tensor | None) -> RouterStats:
     """Losses and statistics of one router over real tokens; logits and probabilities (N, E), real (N,) or None."""
     share = torch.full_like(logits[:, 0], 1 / len(logits)) if real is None else real / real.sum().clamp(min=1)  # (N,)
-    slots = plan.load.sum().clamp(min=1)
+    routed = plan.load.sum()  # 0 of padding alone, of which nothing is dropped
+    slots = routed.clamp(min=1)
     load = plan.load / slots
     log_partition = logits.logsumexp(-1)  # (N,)
     with torch.autocast(logits.device.type, enabled=False):  # which would take the products to 16 bits
@@ -410,7 +412,7 @@ def router_stats(logits: Tensor, probabilities: Tensor, plan: Dispatch, real: Te
         z_loss = share @ log_partition.square()
         with torch.no_grad():
             entropy = share @ (log_partition - (probabilities * logits).sum(-1))
-    dropped = 1 - plan.kept.sum() / slots
+    dropped = (1 - plan.kept.sum() / slots) * (routed > 0)
     return RouterStats(aux_loss, z_loss, load, entropy, dropped)
 
 
@@ -639,7 +641,11 @@ class SmolModel(SmolPreTrainedModel):
             position_ids=position_ids,
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        short = 1 < T <= CPU_BLOCK_LENGTH and (mask is None or mask.shape[1] == 1 and mask.shape[-1] == T)
+        if mask is None:  # also for an empty cache of fixed length, whose keys are more than T
+            whole = past_key_values is None
+        else:  # one by the caller need not be causal, as blocks of queries are
+            whole = mask.shape[1] == 1 and mask.shape[-1] == T and (mask is not attention_mask or T <= CPU_QUERY_BLOCK)
+        short = 1 < T <= CPU_BLOCK_LENGTH and whole
         if implementation == "sdpa" and device == "cpu" and dtype == torch.bfloat16 and short and not dropout:
             attend = block_attention
         if mask is not None and mask.dtype == torch.bool and attend is block_attention:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from smol_config import PRESETS, SmolConfig, count_parameters, preset_config
+from smol_config import MOE_EXTRA_FIELDS, PRESETS, SmolConfig, count_parameters, preset_config
 from smol_model import SmolForCausalLM
 from smolkit.arguments import NewModelArguments
 from smolkit.chat import END_OF_TEXT, IM_END, IM_START, chat_stop_ids, save_tokenizer
@@ -20,6 +21,18 @@ from smolkit.files import sync
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# What transformers, PEFT and safetensors raise over files that are damaged, of another kind or of another model.
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
+# Fields of `SmolConfig` that say nothing of a model without experts.
+EXPERT_FIELDS = (
+    *("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef"),
+    *MOE_EXTRA_FIELDS,
+)
+# Fields of generation_config.json that only sampling reads.
+SAMPLING_FIELDS = "temperature top_p top_k min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
 
 
 def require_checkpoint(directory: str | Path) -> Path:
@@ -46,8 +59,8 @@ def load_tokenizer(directory: str | Path, kind: str = "auto") -> PreTrainedToken
         raise UserError(f"{directory}: no tokenizer there; train_tokenizer.py makes one")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: unreadable tokenizer: {' '.join(str(error).split())}") from error
+    except UNREADABLE as error:  # those of config.json, which AutoTokenizer reads first, among them
+        raise UserError(f"{directory}: unreadable tokenizer or config.json: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json); train_tokenizer.py --mode load")
     vocabulary = tokenizer.get_vocab()
@@ -104,6 +117,11 @@ def resolve_model(
     return new_config(new.model_size, *shape), tokenizer, directory
 
 
+def one_line(error: Exception) -> str:
+    """What a library says of a failure, in one line of bearable length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def new_config(
     preset: str | None,
     overrides: dict[str, Any],
@@ -126,15 +144,28 @@ def new_config(
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    return changed_preset(preset, {"vocab_size": entries, **ids, **overrides})
+    config = changed_preset(preset, {"vocab_size": entries, **ids, **overrides})
+    if config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"--model_overrides vocab_size={config.vocab_size} is less than the {len(tokenizer)} entries of the "
+            "tokenizer; leave it out, or train a smaller tokenizer"
+        )
+    return config
 
 
 def changed_preset(name: str, overrides: dict[str, Any]) -> SmolConfig:
-    """A preset with some fields replaced; `UserError` for an unknown preset, field or value."""
+    """A preset with some fields replaced; `UserError` for an unknown preset, field or value, or one without effect."""
     try:
-        return preset_config(name, **typed_fields(overrides))
-    except (ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        config = preset_config(name, **typed_fields(overrides))
+    except UNREADABLE as error:
+        raise UserError(one_line(error)) from error
+    idle = [field for field in EXPERT_FIELDS if overrides.get(field) is not None]
+    if idle and not config.num_experts:
+        raise UserError(
+            f"--model_overrides {idle[0]}: only a model with experts has it, and {name} has none; leave it out, add "
+            "num_experts=N, or start from tiny-moe or moe"
+        )
+    return config
 
 
 def typed_fields(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +187,14 @@ def typed_fields(overrides: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
+def read_config(directory: str | Path) -> SmolConfig:
+    """What config.json of a directory says; `UserError` where that is no model of a supported architecture."""
+    try:
+        return SmolConfig.from_pretrained(directory)
+    except UNREADABLE as error:
+        raise UserError(f"{directory}: {one_line(error)}") from error
+
+
 def load_config(
     directory: str | Path, tokenizer: PreTrainedTokenizerFast, tokenizer_directory: str | Path
 ) -> SmolConfig:
@@ -165,10 +204,7 @@ def load_config(
     vocabulary is smaller than the tokenizer's, or when the checkpoint brings a different tokenizer.
     """
     directory = require_checkpoint(directory)
-    try:
-        config = SmolConfig.from_pretrained(directory)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{directory}: {' '.join(str(error).split())}") from error
+    config = read_config(directory)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer in {tokenizer_directory} has {len(tokenizer)} entries but the model in "
@@ -185,16 +221,79 @@ def load_config(
 def build_model(
     config: SmolConfig, directory: str | Path | None, dtype: torch.dtype, attention: str = "sdpa"
 ) -> SmolForCausalLM:
-    """The model of `config` in `dtype` with the weights of `directory`, or random ones when it is None."""
+    """The model of `config` in `dtype` with the weights of `directory`, or random ones when it is None.
+
+    Raises `UserError` as `load_weights` does.
+    """
     if directory is None:
         config._attn_implementation = attention
         return SmolForCausalLM(config).to(dtype)  # type: ignore[arg-type]  # transformers hides its signature
+    return load_weights(directory, config=config, dtype=dtype, attn_implementation=attention)
+
+
+def load_weights(directory: str | Path, kind: Any = SmolForCausalLM, **options: Any) -> Any:
+    """The model of a directory as the class `kind`; `options` are those of its `from_pretrained`.
+
+    Raises `UserError` for weights that are quantised, damaged or not all there, which transformers loads as noise.
+    """
+    if quantization_of(directory):
+        raise UserError(f"{directory} is quantised; use the checkpoint it was made from")
     try:
-        return SmolForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        model, info = kind.from_pretrained(directory, use_safetensors=True, output_loading_info=True, **options)
+    except UNREADABLE as error:
+        raise UserError(f"{directory}: cannot load the weights: {one_line(error)}") from error
+    require_all_weights(info, directory)
+    mend_generation_config(model, directory)
+    return model
+
+
+def quantization_of(directory: str | Path) -> Any:
+    """What a checkpoint directory says in its config.json about how it is quantised; None when it is not.
+
+    Raises `UserError` for a config.json that is none."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        return config.get("quantization_config") or None
+    except UNREADABLE as error:
+        raise UserError(f"{directory}: unreadable config.json: {one_line(error)}") from error
+
+
+def require_all_weights(info: dict[str, Any], directory: str | Path) -> None:
+    """`UserError` unless the files had every weight: others are drawn at random. `info`: transformers' loading info."""
+    if missing := sorted(info["missing_keys"]):  # a tied head is not among them
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{directory}: the weights do not have all that config.json asks for: {', '.join(missing[:3])}{more}; "
+            "copy the directory anew, or mend config.json"
         )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise UserError(f"{directory}: cannot load the weights: {' '.join(str(error).split())}") from error
+
+
+def mend_generation_config(model: PreTrainedModel, directory: str | Path) -> None:
+    """Make settings of generation that transformers once wrote such as it saves today.
+
+    Values for sampling without a word on `do_sample` ask for it (Llama 2's do); beside `do_sample: false` they say
+    nothing and go. Raises `UserError` for others that could not be saved: now, not at the first save of a run.
+    """
+    settings = model.generation_config
+    if settings is None or saved_as_it_is(settings) is None:
+        return
+    given = [name for name in SAMPLING_FIELDS if getattr(settings, name, None) is not None]
+    if given and settings.do_sample is None:
+        settings.do_sample = True
+    elif not settings.do_sample:
+        for name in given:
+            setattr(settings, name, None)
+    if (problem := saved_as_it_is(settings)) is not None:
+        raise UserError(f"{directory}: generation_config.json could not be saved again: {problem}; mend or remove it")
+
+
+def saved_as_it_is(settings: GenerationConfig) -> str | None:
+    """None where these settings can be saved, else what transformers has against them."""
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return one_line(error)
+    return None
 
 
 def resize_vocabulary(
@@ -210,10 +309,7 @@ def resize_vocabulary(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--resized_dir {target} is in use by something else — remove it or choose another directory")
     tokenizer = load_tokenizer(tokenizer_directory)
-    try:
-        config = SmolConfig.from_pretrained(directory)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{directory}: {' '.join(str(error).split())}") from error
+    config = read_config(directory)
     before = config.vocab_size
     rows = -(-max(before, len(tokenizer)) // multiple_of) * multiple_of
     dtype = config.dtype or torch.float32
@@ -257,11 +353,15 @@ def save_final(
     """Write a complete model directory: weights `state` cast to `dtype`, configs, tokenizer, card.
 
     `card` None: a training run writes its own when all of it is on the disk (`smolkit.model_card`).
+    Raises `UserError` for values that float16 has no room for, before anything is written.
 
     Everything is written aside and renamed file by file, config.json last: a directory that has one is
     complete.
     """
     directory = Path(directory)
+    if dtype == torch.float16:  # the others have float32's range
+        for name, values in state.items():
+            require_range(name, values, dtype)
     aside = directory / ".writing"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -276,6 +376,14 @@ def save_final(
     if card is not None:
         (aside / "README.md").write_text(card, encoding="utf-8")
     move_into(aside, directory)
+
+
+def require_range(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    """`UserError` for values that are no finite numbers in `dtype`."""
+    if not values.isfinite().all():
+        raise UserError(f"{name} holds values that are not finite: the checkpoint is damaged")
+    if dtype == torch.float16 and (most := values.abs().max().item()) > torch.finfo(dtype).max:
+        raise UserError(f"{name} holds {most:g}, more than f16's 65504; use --dtype bf16")
 
 
 def save_adapter(trainer: Any) -> None:
@@ -312,14 +420,25 @@ def move_into(aside: Path, directory: Path) -> None:
 
 def merge_adapter(model: Model, adapter: str | Path) -> Model:
     """The model with a PEFT adapter added to its weights; `UserError` when the directory is none or does not fit."""
+    return load_adapter(model, adapter).merge_and_unload()
+
+
+def load_adapter(model: PreTrainedModel, adapter: str | Path, is_trainable: bool = False) -> Any:
+    """The model with a PEFT adapter beside its weights; `UserError` when the directory is none or does not fit."""
     require_adapter(adapter)
     from peft import PeftModel  # heavy, and only adapters need it
 
     try:
-        return PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        problem = " ".join(str(error).split())[:300]
-        raise UserError(f"{adapter}: the adapter does not fit the model: {problem}") from None
+        adapted = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable, local_files_only=True)
+        # Layers without weights in the file it leaves as they were made, with a warning, and weights without a layer
+        # without one. Reading the file again says which, by the names that it has after PEFT's own renaming.
+        keys = adapted.load_adapter(str(adapter), "default", is_trainable=is_trainable, local_files_only=True)
+    except UNREADABLE as error:
+        raise UserError(f"{adapter}: the adapter does not fit the model: {one_line(error)}") from None
+    if keys.missing_keys or keys.unexpected_keys:
+        what = f"no {keys.missing_keys[0]} in it" if keys.missing_keys else f"no place for {keys.unexpected_keys[0]}"
+        raise UserError(f"{adapter}: the adapter does not fit the model: {what}; it was made for another")
+    return adapted
 
 
 def require_adapter(directory: str | Path) -> Path:

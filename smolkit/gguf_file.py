@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from smol_config import SmolConfig, count_parameters
 from smol_model import RotaryPositions
 from smolkit.chat import IM_END, chat_stop_ids
-from smolkit.checkpoints import document_end_id, load_config, load_tokenizer
+from smolkit.checkpoints import UNREADABLE, document_end_id, load_config, load_tokenizer, one_line, require_range
 from smolkit.errors import UserError
 from smolkit.files import atomic_writer
 from smolkit.tokenizer import PRE_TOKENIZERS, llama_cpp_name
@@ -88,10 +88,7 @@ class GgufTensor:
     def values(self) -> np.ndarray:
         """The values as the file has them; `UserError` where the type cannot hold them."""
         values = self.load().float()
-        if not values.isfinite().all():
-            raise UserError(f"{self.name} holds values that are not finite: the checkpoint is damaged")
-        if self.kind == GGMLQuantizationType.F16 and (most := values.abs().max().item()) > 65504:
-            raise UserError(f"{self.name} holds {most:g}, more than f16's 65504; use --dtype bf16")
+        require_range(self.name, values, torch.float16 if self.kind == GGMLQuantizationType.F16 else torch.float32)
         return gguf.quants.quantize(values.contiguous().numpy(), self.kind)
 
 
@@ -286,7 +283,10 @@ def stored_tensors(source: Path) -> Iterator[tuple[str, Callable[[], Tensor], tu
     for file in files:
         if not (source / file).is_file():
             raise UserError(f"{source}: {file} is missing, which {index.name} names")
-        handle = safe_open(source / file, framework="pt")
+        try:
+            handle = safe_open(source / file, framework="pt")
+        except UNREADABLE as error:
+            raise UserError(f"{source}: cannot read {file}: {one_line(error)}") from error
         for key in handle.keys():
             yield key, partial(handle.get_tensor, key), tuple(handle.get_slice(key).get_shape())
 

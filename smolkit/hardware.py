@@ -1,5 +1,6 @@
 """What the machine can do at best and how much memory a process holds: for MFU and the progress bar."""
 
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,13 +10,14 @@ import torch
 
 # Dense 16-bit matrix FLOP/s with fp32 accumulation, without sparsity. Sources: NVIDIA's data sheets (V100, T4, A100,
 # A10, A30, A40, RTX A6000, L4, L40, L40S, H100, H200, B200, GB200) and its white papers on Ampere, Ada and Blackwell
-# (GeForce, RTX 6000 Ada); A10G: AWS on its G5 instances; AMD's data sheets (MI250X per package, MI300X, MI325X). Data
-# sheets that give the figure "with sparsity" are halved. The first name that is part of the device's name wins, so
-# longer names stand first.
+# (GeForce, RTX 6000 Ada); A10G: AWS on its G5 instances; AMD's data sheets (MI250X: half a package, which torch counts
+# as a device; MI300X, MI325X). Data sheets that give the figure "with sparsity" are halved. The first name whose words
+# the device's name has wins, so longer names stand first.
 PEAK_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
     ("GH200", 989.4),
+    ("H200 NVL", 835.0),
     ("H200", 989.4),
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
@@ -39,8 +41,9 @@ PEAK_TFLOPS = (
     ("T4", 65.0),
     ("MI325X", 1307.4),
     ("MI300X", 1307.4),
-    ("MI250X", 383.0),
+    ("MI250X", 191.5),
 )
+OTHER_CARDS = r"(?! (?:Ti|D|SUPER|Laptop)\b)"  # after such a word it is another card than the name before it
 # M, K, N of the measured product: large enough for full speed, some milliseconds on a laptop core. Not a square one:
 # oneDNN 3.12 computes that of 1,024 on one of two AMX cores.
 PRODUCT = 1024, 1024, 2048
@@ -59,6 +62,13 @@ class Peak:
         return f"{self.flops / scale:,.4g} {unit} ({self.source})"
 
 
+def device_flops(name: str) -> float | None:
+    """Dense 16-bit FLOP/s of a GPU by the name torch reports; None for an unknown one (an RTX A1000 is no A100)."""
+    found = (tflops for part, tflops in PEAK_TFLOPS if re.search(rf"\b{part}\b{OTHER_CARDS}", name))
+    tflops = next(found, None)
+    return None if tflops is None else tflops * 1e12
+
+
 def peak(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None, again: bool = False) -> Peak:
     """The peak that MFU is measured against: the given one, else the data sheet's, else a short measurement.
 
@@ -69,9 +79,8 @@ def peak(device: torch.device, dtype: torch.dtype, given_tflops: float | None = 
         return Peak(given_tflops * 1e12, "--peak_tflops")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, tflops in PEAK_TFLOPS:
-            if part in name:
-                return Peak(tflops * 1e12, f"data sheet of {name}, dense 16-bit")
+        if (flops := device_flops(name)) is not None:
+            return Peak(flops, f"data sheet of {name}, dense 16-bit")
     kind = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
     M, K, N = PRODUCT

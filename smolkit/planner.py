@@ -15,13 +15,9 @@ from typing import Any
 
 from smol_config import SmolConfig, count_parameters, flops_per_token
 from smol_kernels import CPU_BLOCK_LENGTH, CPU_QUERY_BLOCK, LOSS_BLOCK_ELEMENTS, LOSS_ELEMENTS
+from smolkit.hardware import device_flops as device_flops  # for who plans: the table is there
 
 GB = 10**9
-# Dense bf16 FLOP/s from the vendors' data sheets (without sparsity), by a part of the name torch reports.
-DEVICE_FLOPS = {
-    "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12,
-    "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
 TYPICAL_MFU = 0.35  # of published runs on one node: torchtitan 0.33-0.39, TinyLlama 0.52
 CUDA_CONTEXT = 1.0 * GB  # driver, kernels and libraries of a process, and what the allocator cannot use
 
@@ -393,11 +389,6 @@ def training_seconds(tokens: float, work: Work, speed: float | None, flops: floa
     return tokens * per_token / (flops * mfu * work.devices)
 
 
-def device_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name; None for an unknown one."""
-    return next((flops for part, flops in DEVICE_FLOPS.items() if part in name), None)
-
-
 # --- claims that arithmetic refutes -------------------------------------------------------------------------
 
 
@@ -462,9 +453,12 @@ def check_schedule(kind: str, warmup: int, steps: int, before: int | None) -> li
 
 
 def check_fit(work: Work, lines: list[dict[str, Any]], asked: str, capacity: float | None) -> list[str]:
-    """A warning when the strategy that was asked for does not fit, with the first that does."""
+    """A warning when the strategy that was asked for does not fit, with the first that does, or is not known here."""
     chosen = next((line for line in lines if line["strategy"] == asked), None)
-    if capacity is None or chosen is None or chosen["fits"]:
+    if chosen is None:
+        known = ", ".join(line["strategy"] for line in lines)
+        return [f"{asked}: the memory it takes is not known here, only that of {known}: try it with --max_steps 3"]
+    if capacity is None or chosen["fits"]:
         return []
     state = chosen["weights"] + chosen["gradients"] + chosen["optimizer"]
     text = (

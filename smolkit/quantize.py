@@ -29,7 +29,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from smol_config import SmolConfig
 from smol_model import SmolForCausalLM
-from smolkit.checkpoints import plain_card, require_checkpoint
+from smolkit.checkpoints import (
+    UNREADABLE,
+    load_weights,
+    one_line,
+    plain_card,
+    quantization_of,
+    read_config,
+    require_all_weights,
+    require_checkpoint,
+)
 from smolkit.errors import UserError, run
 from smolkit.files import default_cache_dir, sync, write_json
 
@@ -73,9 +82,7 @@ def quantize(source: str | Path, target: str | Path, method: str, name: str | No
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already: remove it or choose another directory")
     _check_source(source)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
+    model = load_weights(source, AutoModelForCausalLM, dtype="auto", local_files_only=True, trust_remote_code=False)
     size = _choose_group_size(source, model, method)
     count, moved = _set_scales(model, method, size)
     compressor = ModelCompressor.from_pretrained_model(model)
@@ -102,7 +109,7 @@ def quantize(source: str | Path, target: str | Path, method: str, name: str | No
             "weight_error": moved,  # |quantised - original| / |original| over all quantised weights
         }
         write_json(aside / REPORT, report)
-        card = plain_card(target.name, SmolConfig.from_pretrained(source), report)
+        card = plain_card(target.name, read_config(source), report)
         (aside / "README.md").write_text(card, encoding="utf-8")
         for file in aside.iterdir():
             sync(file)
@@ -118,10 +125,9 @@ def quantize(source: str | Path, target: str | Path, method: str, name: str | No
 
 
 def _check_source(source: Path) -> None:
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
+    if quantization_of(source):
         raise UserError(f"{source} is quantised already: serve it without --quantization")
-    if SmolConfig.from_pretrained(source).num_experts:
+    if read_config(source).num_experts:
         raise UserError(
             f"{source} has experts, which cannot be quantised to int8 or int4 here: their kernels exist on few "
             "processors, and without them next to nothing is saved; serve it without --quantization"
@@ -247,12 +253,6 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / size).round_().clamp_(-128, 127).to(torch.int8), size
 
 
-def quantization_of(directory: str | Path) -> Any:
-    """What a checkpoint directory says in its config.json about how it is quantised; None when it is not."""
-    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    return config.get("quantization_config") or None
-
-
 def check_vllm_kernels(directory: str | Path, method: str | None) -> None:
     """`UserError` where vLLM's build for CPUs cannot multiply with int8 or int4 weights, or does it wrongly.
 
@@ -281,10 +281,11 @@ def load_quantized(
     """A directory of this module (or of others, in the same two schemes) as our model, still on the CPU.
 
     `keep_int8`: int8 layers become `Int8Linear`; else they, like int4 ones always, are multiplied out to `dtype`.
-    None: whichever is faster on `device` (default: this CPU). `UserError` for other schemes.
+    None: whichever is faster on `device` (default: this CPU). `UserError` for other schemes, and for weights that are
+    damaged or not all there.
     """
     directory = Path(directory)
-    config = SmolConfig.from_pretrained(directory)
+    config = read_config(directory)
     method = _method_of(directory, config.quantization_config)
     if keep_int8 is None:
         keep_int8 = (device is None or device.type == "cpu") and Int8Product.pays(config)
@@ -298,12 +299,15 @@ def load_quantized(
         elif part in ("weight", "weight_packed"):
             scale = state[f"{layer}.weight_scale"].float()
             steps = value if part == "weight" else _unpack(value, state[f"{layer}.weight_shape"])
-            groups = steps.unflatten(1, (scale.shape[1], -1))  # (O, groups, size)
-            plain[f"{layer}.weight"] = (groups * scale[:, :, None]).flatten(1).to(dtype)
+            plain[f"{layer}.weight"] = _multiplied_out(steps, scale, state.get(f"{layer}.weight_g_idx")).to(dtype)
             kept[layer] = (steps, scale[:, 0])
         elif part == "bias":
             plain[name] = value
-    model = SmolForCausalLM.from_pretrained(None, config=config, state_dict=plain, dtype=dtype)
+    loaded: Any = SmolForCausalLM.from_pretrained(
+        None, config=config, state_dict=plain, dtype=dtype, output_loading_info=True
+    )
+    model, info = loaded
+    require_all_weights(info, directory)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     if method == "int8" and keep_int8:
@@ -334,8 +338,23 @@ def _method_of(directory: Path, raw: Any) -> str:
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        state |= load_file(file)
+        try:
+            state |= load_file(file)
+        except UNREADABLE as error:
+            raise UserError(f"{directory}: cannot read {file.name}: {one_line(error)}") from error
     return state
+
+
+def _multiplied_out(steps: Tensor, scale: Tensor, group_of: Tensor | None) -> Tensor:
+    """steps (O, I) times their scales (O, groups), float32: (O, I).
+
+    group_of (I,): the group of each input, where groups were made of inputs of like importance (`actorder: group`);
+    None, or -1 where it was never set: groups are neighbours.
+    """
+    if group_of is not None and not (group_of < 0).any():
+        return steps * scale[:, group_of.long()]
+    groups = steps.unflatten(1, (scale.shape[1], -1))  # (O, groups, size)
+    return (groups * scale[:, :, None]).flatten(1)
 
 
 def _unpack(packed: Tensor, shape: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from smol_config import EXTRA_FIELDS, SHARED_FIELDS, SmolConfig
 from smol_model import SmolForCausalLM
 from smolkit.arguments import NewModelArguments, PretrainArguments
-from smolkit.checkpoints import build_model, resolve_model, typed_fields
+from smolkit.checkpoints import UNREADABLE, build_model, one_line, read_config, resolve_model, typed_fields
 from smolkit.errors import UserError
 
 # What --model_overrides may change of an upcycled model: how it is trained, not what it computes.
@@ -53,8 +53,8 @@ def upcycled_config(dense: SmolConfig, stage: PretrainArguments, overrides: dict
     experts, chosen = stage.upcycle_shape()
     try:
         return SmolConfig(**kept | {"num_experts": experts, "num_experts_per_tok": chosen} | typed_fields(overrides))
-    except (ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except UNREADABLE as error:
+        raise UserError(one_line(error)) from error
 
 
 def build_upcycled(
@@ -69,7 +69,7 @@ def build_upcycled(
     noise: added to each expert's weights as Gaussian noise of this share of their standard deviation. The routers and
     the noise come from torch's global generator.
     """
-    dense = dict(build_model(SmolConfig.from_pretrained(directory), directory, dtype).named_parameters())
+    dense = dict(build_model(read_config(directory), directory, dtype).named_parameters())
     model = build_model(config, None, dtype, attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -26,9 +26,9 @@ import train_pretrain
 from smol_config import NATIVE_ARCHITECTURES, SmolConfig
 from smol_model import SmolForCausalLM
 from smolkit.chat import add_chat_tokens, save_tokenizer
-from smolkit.checkpoints import set_generation_config
+from smolkit.checkpoints import build_model, new_config, read_config, resize_vocabulary, set_generation_config
 from smolkit.errors import UserError
-from smolkit.export import final_files
+from smolkit.export import export_native, final_files
 from smolkit.model_card import gguf_card
 from smolkit.tokenizer import train_bpe
 
@@ -207,6 +207,133 @@ def test_an_adapter_that_does_not_fit_is_refused(world, tmp_path):
         arguments = f"--model_path {world}/llama --adapter {tmp_path}/other --output {tmp_path}/out"
         export.main([*arguments.split(), "--format", "safetensors"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("layers", "words"), [(3, "no .*layers.2.*lora_A"), (1, "no place for .*layers.1.*lora_")])
+def test_an_adapter_of_another_depth_is_refused(layers, words, world, tmp_path):
+    """PEFT adds what it can and goes on, with a warning at most."""
+    model = SmolForCausalLM(SmolConfig(**SHAPE | {"num_hidden_layers": layers}, vocab_size=320))
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(AutoTokenizer.from_pretrained(world / "llama"), tmp_path / "base")
+    with pytest.raises(UserError, match=f"adapter does not fit the model: {words}"):
+        export_native(tmp_path / "base", tmp_path / "out", "f32", world / "adapter")
+    assert not (tmp_path / "out").exists()
+
+
+def changed(world: Path, directory: Path, file: str = "config.json", **values: object) -> Path:
+    """A copy of the first checkpoint with other values in one of its JSON files."""
+    shutil.copytree(world / "llama", directory)
+    contents = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps(contents | values))
+    return directory
+
+
+def refused(directory: Path, output: Path) -> str:
+    """What `export.py --format safetensors` says of it, in one line, before it writes."""
+    with pytest.raises(UserError) as caught:
+        export.main(f"--model_path {directory} --format safetensors --dtype f16 --output {output}".split())
+    assert "\n" not in str(caught.value) and not output.exists()
+    return str(caught.value)
+
+
+def test_weights_that_are_not_there_are_not_made_up(world, tmp_path):
+    said = refused(changed(world, tmp_path / "deeper", num_hidden_layers=5), tmp_path / "out")
+    assert "model.layers.2.input_layernorm.weight" in said and "and 24 more" in said  # 3 layers of 9
+    untied = changed(world, tmp_path / "untied", tie_word_embeddings=False)
+    assert "asks for: lm_head.weight; copy" in refused(untied, tmp_path / "out")
+
+
+def test_weights_that_are_damaged_are_named_in_one_line(world, tmp_path):
+    broken = changed(world, tmp_path / "broken")
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert f"{broken}: cannot load the weights: " in refused(broken, tmp_path / "out")
+    with pytest.raises(UserError, match="cannot read model.safetensors"):
+        export.main(f"--model_path {broken} --format gguf --output {tmp_path}/m.gguf".split())
+
+
+def test_a_quantised_directory_is_no_source(world, tmp_path):
+    export.main(f"--model_path {world}/llama --format compressed-tensors --bits 8 --output {tmp_path}/int8".split())
+    said = f"{tmp_path}/int8 is quantised; use the checkpoint it was made from"
+    assert refused(tmp_path / "int8", tmp_path / "out") == said
+    with pytest.raises(UserError, match="is quantised; use"):
+        resize_vocabulary(tmp_path / "int8", world / "llama", tmp_path / "out")
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_f16_has_no_room_for_is_refused(adapter, world, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    large = changed(world, tmp_path / "large")
+    weights = load_file(large / "model.safetensors")
+    weights[name][1, 2] = -1e5
+    save_file(weights, large / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} holds 100000, more than f16's 65504; use --dtype bf16"):
+        export_native(large, tmp_path / "f16", "f16", world / "adapter" if adapter else None)
+    assert not (tmp_path / "f16").exists()
+    with pytest.raises(UserError, match="blk.0.ffn_up.weight holds 100000, more than f16's 65504; use --dtype bf16"):
+        export.main(f"--model_path {large} --format gguf --dtype f16 --output {tmp_path}/m.gguf".split())
+    export_native(large, tmp_path / "bf16", "bf16")
+    assert load_file(tmp_path / "bf16" / "model.safetensors")[name][1, 2] == torch.tensor(-1e5).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"temperature": 0.6, "do_sample": False}, {"do_sample": False, "temperature": None}),
+        ({"temperature": 1.0, "top_k": 50}, {"temperature": 1.0, "top_k": 50, "do_sample": None}),  # transformers saves
+    ],
+)
+def test_settings_of_generation_that_older_releases_wrote_can_be_saved(given, written, world, tmp_path):
+    source = changed(world, tmp_path / "old", "generation_config.json", **given)
+    export_native(source, tmp_path / "out", "bf16")
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: found.get(name) for name in written} == written
+
+
+def test_settings_of_generation_that_nobody_can_save_are_refused_before_a_run(world, tmp_path):
+    source = changed(world, tmp_path / "old", "generation_config.json", length_penalty=2.0)
+    with pytest.raises(UserError, match=r"generation_config.json could not be saved again: .*length_penalty.*; mend"):
+        build_model(read_config(source), source, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "by zero"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
+        ({"dtype": "foo"}, "foo"),
+    ],
+)
+def test_values_that_no_model_has_are_one_line(values, words, world, tmp_path):
+    source = changed(world, tmp_path / "model", **values)
+    said = refused(source, tmp_path / "out")
+    assert said.startswith(f"{source}: ") and words in said
+    with pytest.raises(UserError, match=f"^{source}: "):
+        resize_vocabulary(source, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"vocab_size": 64}, "vocab_size=64 is less than the 320 entries of the tokenizer"),
+        ({"capacity_factor": 1.25}, "capacity_factor: only a model with experts has it, and tiny has none"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok: only a model with experts"),
+        ({"num_experts": 4, "num_experts_per_tok": 0}, r"num_experts_per_tok 0 must be at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0 must be at least 1"),
+        ({"dtype": "foo"}, "foo"),
+    ],
+)
+def test_overrides_that_cannot_be_are_refused(overrides, words, world):
+    with pytest.raises(UserError, match=words):
+        new_config("tiny", overrides, AutoTokenizer.from_pretrained(world / "llama"))
+
+
+def test_overrides_that_can_be_are_taken(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "llama")
+    assert new_config("tiny", {"vocab_size": 400, "capacity_factor": None}, tokenizer).vocab_size == 400
+    assert new_config("tiny", {"num_experts": 4, "capacity_factor": 1.5}, tokenizer).capacity_factor == 1.5
 
 
 # --- the hub ------------------------------------------------------------------------------------------------

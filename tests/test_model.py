@@ -92,6 +92,13 @@ def test_flops_of_a_mixture_by_hand():
     assert flops_per_token(config, 1) == 6 * (3 * (attention + experts + scores) + 48 * 100) == 327_744
 
 
+def test_a_configuration_shares_nothing_with_its_preset():
+    preset_config("smollm2-135m").rope_parameters["rope_theta"] = 7.0
+    assert preset_config("smollm2-135m").rope_parameters["rope_theta"] == PRESETS["smollm2-135m"]["rope_parameters"][
+        "rope_theta"
+    ] == 1e5  # fmt: skip
+
+
 def test_unknown_preset_names_the_presets():
     with pytest.raises(ValueError, match="tiny-moe.*smollm2-135m"):
         preset_config("huge")
@@ -105,7 +112,19 @@ def test_unknown_preset_names_the_presets():
         ({**MOE, "norm_topk_prob": False}, "norm_topk_prob"),
         ({**MOE, "num_experts_per_tok": 1, "norm_topk_prob": True, "qk_norm": True}, "num_experts_per_tok"),
         ({**MOE, "num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ({**MOE, "num_experts_per_tok": 0}, "num_experts_per_tok 0 must be at least 1"),
+        ({**MOE, "moe_intermediate_size": 0}, "moe_intermediate_size 0 must be at least 1"),
+        ({**MOE, "num_experts": -4}, "num_experts -4 must be at least 1"),
         ({**MOE, "capacity_factor": 0.0}, "capacity_factor"),
+        ({**MOE, "capacity_factor": float("inf")}, "capacity_factor inf"),
+        ({**MOE, "capacity_factor": float("nan")}, "capacity_factor nan"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 must be at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0 must be at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0 must be at least 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1 must be at least 1"),
+        ({"initializer_range": -0.1}, "initializer_range"),
+        ({"eos_token_id": "a"}, "eos_token_id"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn.*factor"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size 48 is not a multiple"),
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"head_dim": 7}, "head_dim"),

@@ -101,6 +101,21 @@ def spy(monkeypatch) -> list[int]:
     return lengths
 
 
+@pytest.mark.parametrize("T", [100, 300])
+def test_a_mask_of_the_callers_that_is_not_causal(T):
+    """Prefix attention: the first half sees all of itself. Blocks of 128 queries would not see what is after them."""
+    model, x = build().eval(), tokens(2, T)
+    allowed = torch.ones(T, T, dtype=torch.bool).tril()
+    allowed[: T // 2, : T // 2] = True
+    additive = torch.zeros(T, T).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+    with torch.no_grad():
+        expected, causal = model(x, attention_mask=additive).logits, model(x).logits
+        for mask in (additive, allowed[None, None]):
+            found = model.bfloat16()(x, attention_mask=mask).logits.float()
+            assert (found - expected).abs().max() < BF16_LOGITS * expected.abs().max()
+    assert (causal - expected).abs().max() > 2 * BF16_LOGITS * expected.abs().max()
+
+
 def rows_of(kind: str, T: int) -> dict[str, torch.Tensor]:
     """Two rows of T tokens of a kind, as the model is given them."""
     batch = {"input_ids": tokens(2, T)}

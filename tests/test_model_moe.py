@@ -167,6 +167,11 @@ def test_padding_is_not_routed_counted_or_given_capacity(factor):
         torch.testing.assert_close(getattr(with_padding[2], name), getattr(alone[2], name), msg=name)
 
 
+def test_of_padding_alone_nothing_is_dropped():
+    stats = layer(capacity_factor=1.0).train()(torch.randn(1, 6, 32), torch.zeros(6, dtype=torch.bool))[2]
+    assert stats.dropped == 0 and not stats.load.any()
+
+
 def test_padding_is_excluded_through_the_attention_mask():
     torch.manual_seed(0)
     model = SmolForCausalLM(SmolConfig(**SHAPE)).train()

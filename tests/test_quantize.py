@@ -125,6 +125,68 @@ def test_the_engine_multiplies_in_int8(sources: dict[str, Path], tmp_path: Path,
     assert [row[0] for row in answers] == [row[0] for row in expected]  # inputs are rounded: later tokens may differ
 
 
+def with_groups_by_importance(source: Path, target: Path) -> None:
+    """`source` as int4 with `actorder: group` as compressed_tensors writes it: groups of 64 inputs of like weight."""
+    from compressed_tensors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    scheme = preset_name_to_scheme("W4A16", ["Linear"])
+    scheme.weights.group_size, scheme.weights.actorder = 64, "group"
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    with torch.no_grad():
+        for _, layer in quantize._layers(model):
+            layer.weight.mul_(torch.logspace(-1, 0.5, layer.in_features)[torch.randperm(layer.in_features)])
+            order = layer.weight.abs().sum(0).argsort()
+            groups = layer.weight[:, order].unflatten(1, (-1, 64))
+            layer.weight_scale.copy_(calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)[0])
+            layer.weight_g_idx[order] = torch.arange(len(order), dtype=torch.int32) // 64
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(target)
+    compressor.update_config(target)
+
+
+def test_groups_of_inputs_of_like_importance(sources: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with_groups_by_importance(sources["llama"], tmp_path / "q")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    ours = quantize.load_quantized(tmp_path / "q", torch.float32)
+    assert any(name.endswith("weight_g_idx") for name in quantize._read_tensors(tmp_path / "q"))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_missing_or_damaged_is_named(sources: dict[str, Path], tmp_path: Path) -> None:
+    """In the source and in a quantised directory, which would else be filled with random layers."""
+    shutil.copytree(sources["llama"], tmp_path / "deeper")
+    quantize.quantize(sources["llama"], tmp_path / "q", "int4")
+    for directory in (tmp_path / "deeper", tmp_path / "q"):
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    with pytest.raises(UserError, match=r"deeper: the weights do not have all .*model\.layers\.2\..* and 6 more"):
+        quantize.quantize(tmp_path / "deeper", tmp_path / "new", "int8")
+    with pytest.raises(UserError, match=r"q: the weights do not have all .*model\.layers\.2\..* and 6 more"):
+        quantize.load_quantized(tmp_path / "q", torch.float32)
+    for directory in (tmp_path / "deeper", tmp_path / "q"):
+        (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="deeper: cannot load the weights: "):
+        quantize.quantize(tmp_path / "deeper", tmp_path / "new", "int8")
+    with pytest.raises(UserError, match="q: cannot read model.safetensors: "):
+        quantize.load_quantized(tmp_path / "q", torch.float32)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_with_settings_that_older_releases_wrote(sources: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(sources["llama"], tmp_path / "old")
+    (tmp_path / "old" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    quantize.quantize(tmp_path / "old", tmp_path / "q", "int8")
+    written = json.loads((tmp_path / "q" / "generation_config.json").read_text())
+    assert (written["do_sample"], written["temperature"], written["top_p"]) == (True, 0.6, 0.9)
+
+
 def test_made_once(sources: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The cached directory serves again; another source or a failure on the way leaves nothing half-made."""
     first = quantize.cached(sources["llama"], "int8")
@@ -154,11 +216,14 @@ def test_refusals(sources: dict[str, Path], tmp_path: Path) -> None:
     SmolForCausalLM(SmolConfig(**SHAPE, **experts)).save_pretrained(tmp_path / "moe")
     SmolForCausalLM(SmolConfig(**{**SHAPE, "intermediate_size": 100})).save_pretrained(tmp_path / "odd")
     quantize.quantize(sources["llama"], tmp_path / "done", "int8")
+    shutil.copytree(sources["llama"], tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     for source, method, message in (
         (tmp_path / "moe", "int8", "has experts"),
         (tmp_path / "odd", "int4", "multiples of 32, this model has 100, 192"),
         (tmp_path / "done", "int4", "quantised already"),
         (tmp_path / "nothing", "int4", "no such checkpoint"),
+        (tmp_path / "gpt2", "int8", "gpt2: model_type 'gpt2' is not supported"),
     ):
         with pytest.raises(UserError, match=message):
             quantize.quantize(source, tmp_path / "new", method)

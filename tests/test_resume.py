@@ -435,6 +435,24 @@ def test_the_best_of_weights_alone_becomes_the_final_model(world, tmp_path) -> N
     assert all(torch.equal(final[name].float(), kept[name].float()) for name in kept)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [21, 1])
+def test_held_out_pairs_on_two_processes(world, tmp_path, pairs) -> None:
+    """Each counts once: the processes have different numbers of them, or one has none."""
+    lines = (world / "dpo.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "held_out.jsonl").write_text("".join(lines[:pairs]))
+    more = f"--eval_data_path {tmp_path}/held_out.jsonl --eval_strategy steps --eval_steps 3 --rpo_alpha 0.5".split()
+    more += "--per_device_eval_batch_size 4 --weights_dtype fp32 --max_steps 3".split()
+    plan = [
+        job(world, "dpo", tmp_path / "one", *more, batch=4, accumulation=2),
+        job(world, "dpo", tmp_path / "two", *more, batch=2, accumulation=2, ranks=2),
+    ]
+    execute(tmp_path, plan, [0, 0])
+    one, two = ([row for row in rows(tmp_path / name) if "eval_loss" in row][-1] for name in ("one", "two"))
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "lengths/chosen"):
+        assert two[f"eval_{name}"] == pytest.approx(one[f"eval_{name}"], rel=1e-4, abs=1e-5), name
+
+
 def test_uneven_shares_are_no_jump_of_the_loss(world, tmp_path) -> None:
     """The last step of an epoch has one row for two processes: that row's process has twice the mean as its loss."""
     still = "--learning_rate 1e-9 --max_steps 30 --logging_steps 1 --eval_strategy no --block_size 41".split()

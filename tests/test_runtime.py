@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from smolkit.errors import Interrupted, UserError, run
+from smolkit.hardware import device_flops
 from smolkit.runtime import chosen_device, compute_dtype, default_device
 
 # Holes of 32 MiB, kept apart by tensors of 1 MiB that live on, and then tensors of 33 MiB, which fit into none.
@@ -60,6 +61,33 @@ def test_a_device_is_chosen_by_name_or_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda: "):
             chosen_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA A10G", 70.0),
+        ("Tesla T4", 65.0),
+        ("Tesla V100-SXM2-16GB", 125.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI250X", 191.5),  # half a package
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+    ],
+)
+def test_the_speed_of_a_gpu_goes_by_whole_words_of_its_name(name, tflops) -> None:
+    assert device_flops(name) == (None if tflops is None else tflops * 1e12)
 
 
 HUGE = """

@@ -195,6 +195,21 @@ def test_mistakes_are_named_before_any_work(more, words, world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dense_checkpoint_that_is_damaged_or_quantised_is_refused(world, tmp_path):
+    config = upcycled_config(SmolConfig.from_pretrained(world / "llama"), stage_for(world / "llama"), {})
+    shutil.copytree(world / "llama", tmp_path / "model")
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    for change, words in (
+        ({"hidden_size": "32"}, "expected int, got str"),
+        ({"num_hidden_layers": 3}, r"model\.layers\.2\."),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "is quantised; use the checkpoint"),
+    ):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(written | change))
+        with pytest.raises(UserError, match=words) as caught:
+            build_upcycled(config, tmp_path / "model", torch.float32)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("options", "words"), [({"attention_bias": True}, "Qwen2"), ({"num_experts": 4}, "already")])
 def test_checkpoints_that_have_no_such_form_are_refused(options, words, tmp_path):
     config = SmolConfig(**SHAPE | options, vocab_size=300)
