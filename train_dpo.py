@@ -25,19 +25,19 @@ from transformers import PreTrainedTokenizerFast
 from smol_config import SmolConfig
 from smolkit.adapters import (
     Merge,
-    adapter_base,
     build_base,
     check_quantised,
     finish_adapter,
     lora_config,
     merged_directory,
+    policy_of,
 )
-from smolkit.arguments import DpoArguments, refuse_spread_adapters
+from smolkit.arguments import DpoArguments
 from smolkit.checkpoints import build_model, describe_model, load_config, resolve_model, row_length
-from smolkit.command_line import STAGES, DpoTrainingArguments, parse
+from smolkit.command_line import STAGES, losses, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
-from smolkit.errors import UserError, run
+from smolkit.errors import run
 from smolkit.files import default_cache_dir
 from smolkit.packing import preference_pairs
 from smolkit.parallel import check_expert_parallel, spread_experts, whole_model
@@ -59,27 +59,6 @@ def without_noise(config: Any) -> Any:
     config.attention_dropout = config.residual_dropout = 0.0
     config.capacity_factor = None
     return config
-
-
-def losses(args: DpoTrainingArguments, rpo_alpha: float) -> str:
-    """Turn --rpo_alpha into TRL's loss types and weights; all of them in words."""
-    weights = args.loss_weights or [1.0] * len(args.loss_type)
-    if rpo_alpha and "sft" in args.loss_type:
-        raise UserError("--rpo_alpha and --loss_type sft are the same term; leave one out")
-    if rpo_alpha:
-        args.loss_weights = weights = [*weights, rpo_alpha]
-        args.loss_type = [*args.loss_type, "sft"]
-    return " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, args.loss_type, strict=True))
-
-
-def policy_of(stage: DpoArguments) -> tuple[str, str | None]:
-    """The whole model that --model_path leads to, and the adapter on it when the policy is one."""
-    base = adapter_base(stage.model_path)
-    if base and stage.use_lora:
-        raise UserError(f"--use_lora: {stage.model_path} is an adapter already and is trained on; leave --use_lora out")
-    if base or stage.use_lora:
-        refuse_spread_adapters(stage.expert_parallel_size)
-    return (base, stage.model_path) if base else (stage.model_path, None)
 
 
 def load_pairs(
@@ -136,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference_config = load_config(reference_path, tokenizer, tokenizer_path)
     max_length = row_length(args.max_length, 1024, config, "--max_length")
     check_expert_parallel(stage.expert_parallel_size, config, args)
+    args.check_router(config.num_experts)
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.model_path, reference_path])
     merged = merged_directory(stage, args.output_dir) if lora else None
     merge = Merge(merged, start, args.output_dir, config, tokenizer, job.save_dtype)

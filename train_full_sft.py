@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     max_length = row_length(args.max_length, 1024, config, "--max_length")
     check_expert_parallel(stage.expert_parallel_size, config, args)
+    args.check_router(config.num_experts)
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.base_model], new_model=vars(new))
     if job.finished:
         return
@@ -56,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tokenise = partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc)
     rows = pack_conversations(
-        tokenise, job.files, job.eval_files, max_length, args.seed, args.packing, stage.max_eval_rows
+        tokenise, job.files, job.eval_files, max_length, args.seed, args.take_packing(), stage.max_eval_rows
     )
-    args.packing = False  # from here on it would mean TRL's packing, of rows that are packed already
     job.announce(
         {
             "model": describe_model(config),

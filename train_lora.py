@@ -21,7 +21,7 @@ from smolkit.checkpoints import (
 from smolkit.command_line import STAGES, parse
 from smolkit.doctor import RECORD_SUFFIXES
 from smolkit.dry_run import dry_run
-from smolkit.errors import UserError, run
+from smolkit.errors import run
 from smolkit.packing import PackedCollator, pack_conversations
 from smolkit.progress import watch
 from smolkit.runs import open_job
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, tokenizer, tokenizer_path = resolve_model(
         stage.base_model, None, stage.tokenizer_path, stage.tokenizer_type, chat=True
     )
+    args.check_router(config.num_experts)
     adapter = lora_config(stage, config, stage.base_model)
     max_length = row_length(args.max_length, 1024, config, "--max_length")
     job = open_job(stage, args, RECORD_SUFFIXES, [tokenizer_path, stage.base_model])
@@ -58,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tokenise = partial(tokenized, tokenizer=tokenizer, cache_dir=stage.data_cache_dir, num_proc=stage.num_proc)
     rows = pack_conversations(
-        tokenise, job.files, job.eval_files, max_length, args.seed, args.packing, stage.max_eval_rows
+        tokenise, job.files, job.eval_files, max_length, args.seed, args.take_packing(), stage.max_eval_rows
     )
-    args.packing = False  # from here on it would mean TRL's packing, of rows that are packed already
     job.announce(
         {
             "model": describe_model(config),
@@ -74,19 +74,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     model = build_base(stage, config, stage.base_model, job.dtype, stage.attn_implementation, args.local_process_index)
-    try:
-        trainer = LoraTrainer(
-            model=model,
-            args=args,
-            train_dataset=rows.train,
-            eval_dataset=rows.evaluation,
-            data_collator=PackedCollator(tokenizer.pad_token_id, mask_padding=bool(config.num_experts)),
-            processing_class=tokenizer,
-            peft_config=adapter,
-            progress=progress,
-        )
-    except ValueError as error:  # PEFT does not know a name in --lora_target
-        raise UserError(f"--lora_target {' '.join(stage.lora_target)}: {error}") from error
+    trainer = LoraTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows.train,
+        eval_dataset=rows.evaluation,
+        data_collator=PackedCollator(tokenizer.pad_token_id, mask_padding=bool(config.num_experts)),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        progress=progress,
+    )
     job.begin()
     trainer.train(resume_from_checkpoint=job.checkpoint)
     facts = {"started from": stage.base_model, "data": rows.summary, "steps": trainer.state.global_step}

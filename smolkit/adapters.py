@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,24 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from smol_config import SmolConfig
 from smol_model import SmolForCausalLM
-from smolkit.arguments import AdapterArguments
+from smolkit.arguments import AdapterArguments, DpoArguments, refuse_spread_adapters
 from smolkit.checkpoints import build_model, merge_adapter, plain_card, save_adapter, save_final
 from smolkit.errors import UserError
-from smolkit.runs import complete, leave
+from smolkit.files import write_json
+from smolkit.runs import complete, fingerprint, leave
+from smolkit.shards import checksum
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+MERGED_FROM = "merged_from.json"  # in a merged directory: of which adapter
+_SHAPE = "lora_r lora_alpha lora_dropout lora_target use_dora use_rslora".split()  # what a trained adapter has already
 
 
 def lora_config(stage: AdapterArguments, config: SmolConfig, base: str) -> LoraConfig:
-    """PEFT's configuration for --lora_*; the MoE router is never adapted."""
+    """PEFT's configuration for --lora_*; the MoE router is never adapted.
+
+    Raises `UserError` for a --lora_target that `config`, of the model in `base`, does not have.
+    """
     modules = [name for name in stage.lora_target if name != "experts"]
     experts = "experts" in stage.lora_target
     if experts and not config.num_experts:
@@ -34,6 +41,8 @@ def lora_config(stage: AdapterArguments, config: SmolConfig, base: str) -> LoraC
     targets: str | list[str] = modules
     if "all-linear" in modules:  # for MoE models PEFT would count the router and the experts among them
         targets = ATTENTION if config.num_experts else "all-linear"
+    else:
+        _check_targets(modules, config, base)
     return LoraConfig(
         r=stage.lora_r,
         lora_alpha=stage.lora_alpha,  # type: ignore[arg-type]  # a fraction is fine, whatever its hint says
@@ -44,6 +53,41 @@ def lora_config(stage: AdapterArguments, config: SmolConfig, base: str) -> LoraC
         target_parameters=EXPERTS if experts else None,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_targets(names: list[str], config: SmolConfig, base: str) -> None:
+    """`UserError` unless every name is that of linear layers: PEFT leaves out what it does not find beside others."""
+    with torch.device("meta"):
+        skeleton = SmolForCausalLM(config)
+    kinds = torch.nn.Linear | torch.nn.Embedding
+    layers = [path for path, module in skeleton.named_modules() if isinstance(module, kinds)]
+    layers = [path for path in layers if path != "lm_head"]  # whose adapter TRL's trainers would not see
+    for name in names:
+        if not any(f".{path}".endswith(f".{name}") for path in layers):
+            known = sorted({path.rpartition(".")[2] for path in layers})
+            raise UserError(f"--lora_target {name}: {base} has no such layers to adapt, but {', '.join(known)}")
+
+
+def policy_of(stage: DpoArguments) -> tuple[str, str | None]:
+    """The whole model that --model_path leads to, and the adapter on it when the policy is one.
+
+    Raises `UserError` for flags of an adapter where none is trained, or one that has what they say already.
+    """
+    assert stage.model_path, "validated"
+    base = adapter_base(stage.model_path)
+    if base and stage.use_lora:
+        raise UserError(f"--use_lora: {stage.model_path} is an adapter already and is trained on; leave --use_lora out")
+    if base or stage.use_lora:
+        refuse_spread_adapters(stage.expert_parallel_size)
+    for item in () if stage.use_lora else fields(AdapterArguments):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if getattr(stage, item.name) == default:
+            continue
+        if not base:
+            raise UserError(f"--{item.name} is for an adapter, and none is trained: add --use_lora, or leave it out")
+        if item.name in _SHAPE:
+            raise UserError(f"--{item.name}: the adapter in {stage.model_path} has its own and keeps it; leave it out")
+    return (base, stage.model_path) if base else (stage.model_path, None)
 
 
 def adapter_base(directory: str | Path) -> str | None:
@@ -130,8 +174,16 @@ def build_base(
 
 
 def merged_directory(stage: AdapterArguments, output_dir: str) -> str | None:
-    """Where --merge writes; None without it."""
-    return stage.merged_dir or (f"{output_dir.rstrip('/')}-merged" if stage.merge else None)
+    """Where --merge writes; None without it. `UserError` for a place that holds something else: the base model, say."""
+    directory = stage.merged_dir or (f"{output_dir.rstrip('/')}-merged" if stage.merge else None)
+    if directory is None:
+        return None
+    place = Path(directory)
+    if place.resolve() == Path(output_dir).resolve():
+        raise UserError(f"--merged_dir {directory}: is the --output_dir, where the adapter goes; name another")
+    if place.exists() and not (place / MERGED_FROM).is_file() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"--merged_dir {directory}: holds something that --merge has not written; name another")
+    return directory
 
 
 def write_merged(
@@ -167,11 +219,23 @@ class Merge:
         if self.directory is None:
             return
         write_merged(self.directory, self.base, self.adapter, self.config, self.tokenizer, self.dtype)
+        write_json(Path(self.directory) / MERGED_FROM, self.origin())
         print(f"merged model in {self.directory}")
 
+    def origin(self) -> dict[str, str]:
+        """What tells the merged model from one of another adapter, or in another dtype."""
+        marks = {"adapter": fingerprint(self.adapter), "settings": checksum(Path(self.adapter) / "adapter_config.json")}
+        return marks | {"dtype": str(self.dtype)}
+
     def write_if_missing(self) -> None:
-        """For a finished run that was asked for it later."""
-        if self.directory is not None and not (Path(self.directory) / "config.json").is_file():
+        """For a finished run that was asked for it later: unless the directory holds this adapter's model already."""
+        if self.directory is None:
+            return
+        try:
+            made_of = json.loads((Path(self.directory) / MERGED_FROM).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            made_of = None  # nothing there, or nothing that says what it is
+        if made_of != self.origin() or not (Path(self.directory) / "config.json").is_file():
             self.write()
 
 

@@ -344,3 +344,74 @@ class DpoArguments(StageArguments, AdapterArguments):
         if self.use_lora and self.ref_model_path:
             raise UserError("--use_lora needs no --ref_model_path: the reference is the model without the adapter")
         self.validate_adapter()
+
+
+# --- what the libraries' trainers read, and ours do not ------------------------------------------------------
+
+_AFTERWARDS = "would change the tokenizer after the rows were rendered with it; train_tokenizer.py changes it before"
+
+# Fields of transformers and TRL that would do nothing here, or harm: another value than the default is refused.
+UNREAD: dict[str, str] = {
+    "label_smoothing_factor": "would teach the model to copy its input: the library's smoother does not shift labels",
+    "bf16_full_eval": "would evaluate another model than the one trained; --bf16 and --weights_dtype are for both",
+    "fp16_full_eval": "would evaluate another model than the one trained; --fp16 is for both",
+    "use_liger_kernel": "would replace the model's own kernels and loss",
+    "liger_kernel_config": "belongs to --use_liger_kernel, which would replace the model's own kernels and loss",
+    "use_cache": "keeps what training never looks at again",
+    "enable_jit_checkpoint": "is what every run does here when it gets SIGTERM",
+    "batch_eval_metrics": "is for metrics of predictions, which no stage computes; eval_model.py measures a model",
+    "include_for_metrics": "is for metrics of predictions, which no stage computes; eval_model.py measures a model",
+    "do_predict": "is for a test set; eval_model.py measures a finished model",
+    # of TRL
+    "model_init_kwargs": "is for a model that TRL loads; --attn_implementation and --weights_dtype say how it is here",
+    "trust_remote_code": "would run code of a checkpoint, which nothing here does",
+    "dataset_num_proc": "is --num_proc here",
+    "truncation_mode": "does nothing: what is longer than --max_length ends with a reply that fits, or is left out",
+    "padding_free": "is --packing here: rows of several answers or conversations",
+    "pad_token": _AFTERWARDS,
+}
+UNREAD_CONVERSATIONS: dict[str, str] = {
+    "chat_template_path": _AFTERWARDS,
+    "eos_token": _AFTERWARDS,
+    "dataset_text_field": 'does nothing: rows are {"messages": [...]}; prepare_datasets.py makes them of others',
+    "dataset_kwargs": "does nothing: rows arrive rendered, packed and shuffled",
+    "shuffle_dataset": "does nothing: rows are shuffled anyway, by --seed or --data_seed",
+    "packing_strategy": "does nothing: --packing puts whole conversations into rows, best fit",
+    "pad_to_multiple_of": "does nothing: rows are padded to the longest of their batch",
+    "eval_packing": "does nothing: validation rows are packed where --packing says so",
+    "completion_only_loss": "does nothing: the loss is on the assistant's tokens, always",
+    "assistant_only_loss": "does nothing: the loss is on the assistant's tokens, always",
+    "loss_type": "does nothing: the loss of conversations is the model's own, nll",
+}
+UNREAD_PAIRS: dict[str, str] = {
+    "label_smoothing_factor": "means nothing for pairs; some losses have --label_smoothing",
+    "neftune_noise_alpha": "would blur the log-probabilities by which the policy is compared with its reference",
+    "sync_ref_model": "cannot be continued: no checkpoint holds the reference as it was then",
+    "ref_model_mixup_alpha": "belongs to --sync_ref_model, which cannot be continued",
+    "ref_model_sync_steps": "belongs to --sync_ref_model, which cannot be continued",
+}
+# TRL's losses of pairs, and of them those that read --label_smoothing, or know --f_divergence_type.
+LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop
+    sft sigmoid_norm""".split()
+SMOOTHED = "exo_pair robust aot aot_unpaired".split()
+DIVERGENCES = "reverse_kl forward_kl js_divergence alpha_divergence".split()
+DIVERGING = "sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()
+
+
+def check_losses(losses: Sequence[str], divergence: str, smoothing: float, weighting: bool) -> None:
+    """Raise `UserError` for losses of pairs that TRL does not have, or not with these settings."""
+    if divergence not in DIVERGENCES:
+        raise UserError(f"--f_divergence_type {divergence}: choose {', '.join(DIVERGENCES)}")
+    for loss in losses:
+        if loss not in LOSSES:
+            raise UserError(f"--loss_type {loss}: TRL has {', '.join(LOSSES)}")
+        if divergence != "reverse_kl" and loss not in DIVERGING:
+            raise UserError(f"--f_divergence_type {divergence}: not for --loss_type {loss}; for {', '.join(DIVERGING)}")
+        if weighting and loss.startswith("aot"):
+            raise UserError(f"--use_weighting true: not for --loss_type {loss}, which sorts the pairs; leave one out")
+    if not 0 <= smoothing < 0.5:
+        raise UserError(f"--label_smoothing {smoothing} must be in [0, 0.5): the share of pairs that are turned round")
+    if "exo_pair" in losses and not smoothing:
+        raise UserError("--loss_type exo_pair needs --label_smoothing above 0; its authors take 1e-3")
+    if smoothing and not set(losses) & set(SMOOTHED):
+        raise UserError(f"--label_smoothing {smoothing}: for --loss_type {', '.join(SMOOTHED)}; leave it out")

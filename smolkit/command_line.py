@@ -5,25 +5,40 @@ flag of theirs works too. `parse` reads both from the command line.
 """
 
 import dataclasses
+import json
 import os
+import re
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
+from transformers.hf_argparser import string_to_bool
 from trl import DPOConfig, SFTConfig
 
 from smolkit.arguments import (
+    UNREAD,
+    UNREAD_CONVERSATIONS,
+    UNREAD_PAIRS,
     DpoArguments,
     LoraArguments,
     NewModelArguments,
     PretrainArguments,
     SftArguments,
+    check_losses,
     option,
 )
 from smolkit.errors import UserError
@@ -46,6 +61,18 @@ COMMON_FLAGS = """
     beta loss_type loss_weights label_smoothing precompute_ref_log_probs disable_dropout
 """.split()
 
+# What an evaluation gives to choose the best checkpoint by.
+TOKEN_METRICS = ("loss", "bits_per_byte")
+PAIR_METRICS = """loss rewards/accuracies rewards/margins rewards/chosen rewards/rejected logps/chosen logps/rejected
+    mean_token_accuracy entropy""".split()
+# Schedules that need to be told more, and an example of it.
+SCHEDULES = {
+    "warmup_stable_decay": '{"num_decay_steps": 100}',
+    "cosine_with_min_lr": '{"min_lr_rate": 0.1}',
+    "cosine_warmup_with_min_lr": '{"min_lr_rate": 0.1}',
+}
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # for which there are fp32 masters beside bf16 weights
+
 
 if TYPE_CHECKING:
 
@@ -57,8 +84,12 @@ if TYPE_CHECKING:
         report_to: list[str]
         optim: OptimizerNames
         lr_scheduler_type: SchedulerType
+        lr_scheduler_kwargs: dict[str, Any] | None
         # of TRL's, which pretraining does without
         max_length: int | None
+        packing: bool
+        loss_type: list[str]
+        loss_weights: list[float] | None
         precompute_ref_log_probs: bool
         precompute_ref_batch_size: int | None
 
@@ -86,10 +117,9 @@ class RunArguments(LibraryArguments):
     def __post_init__(self) -> None:
         if not has_accelerator():
             self.use_cpu = True
+        self.refuse_unread()
         if isinstance(self, SFTConfig):
             self.dataset_kwargs = {"skip_prepare_dataset": True}  # rows arrive rendered, packed and shuffled
-        if getattr(self, "padding_free", False):
-            raise UserError("--padding_free is --packing here: rows of several answers or conversations")
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -117,8 +147,80 @@ class RunArguments(LibraryArguments):
         self.run_name = self.run_name or Path(self.output_dir).name
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns true would remove what keeps packed documents apart")
+        self.check_best_metric()
         super().__post_init__()
         self.check_fp16()
+        self.check_updates()
+        if isinstance(self, DPOConfig):
+            check_losses(self.loss_type, self.f_divergence_type, self.label_smoothing, self.use_weighting)
+
+    def refuse_unread(self) -> None:
+        """`UserError` for another value than the default in a field that nothing here reads."""
+        conversations, pairs = isinstance(self, SFTConfig), isinstance(self, DPOConfig)
+        reasons = UNREAD | (UNREAD_CONVERSATIONS if conversations else UNREAD_PAIRS if pairs else {})
+        for item in (item for item in dataclasses.fields(self) if item.name in reasons):
+            made = item.default_factory
+            default = item.default if made is dataclasses.MISSING else made()
+            if (value := getattr(self, item.name)) != default:
+                raise UserError(f"--{item.name} {reasons[item.name]}; leave it out (given: {value})")
+        orders = ("random", "sequential", "group_by_length")
+        if self.train_sampling_strategy not in orders:
+            raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: choose {', '.join(orders)}")
+        # On a CPU TRL finds no device to offload from.
+        if self.use_cpu and getattr(self, "activation_offloading", False):
+            raise UserError("--activation_offloading needs a GPU; on a CPU leave it out")
+
+    def check_best_metric(self) -> None:
+        """`UserError` for a --metric_for_best_model that no evaluation gives; the library would find out in the first.
+
+        Fewer bits are better; the library takes whatever does not end in "loss" for the opposite.
+        """
+        if self.metric_for_best_model is None:
+            return
+        name = self.metric_for_best_model.removeprefix("eval_")
+        known = PAIR_METRICS if isinstance(self, DPOConfig) else TOKEN_METRICS
+        if name not in known:
+            raise UserError(f"--metric_for_best_model {name}: an evaluation gives {', '.join(known)}; choose one")
+        if name == "bits_per_byte" and self.greater_is_better is None:
+            self.greater_is_better = False
+
+    def check_updates(self) -> None:
+        """`UserError` where --optim or --lr_scheduler_type cannot be made: tried on one weight, before any work."""
+        weights = [torch.nn.Parameter(torch.zeros(1))]
+        steps = self.max_steps if self.max_steps > 0 else 1000
+        if self.optim_args and self.optim.value in (*ADAMW, "adafactor"):
+            raise UserError(f"--optim_args {self.optim_args}: --optim {self.optim.value} takes none; leave it out")
+        try:
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(self)
+            if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+                kind(weights, **settings)
+        except (ImportError, TypeError, ValueError, NotImplementedError) as error:
+            if "need to pass a" not in str(error):  # else it is made of a model's layers, and that stays to be seen
+                raise UserError(f"--optim {self.optim.value}: {_line(error)}") from error
+        optimizer, more = torch.optim.SGD(weights, self.learning_rate), self.lr_scheduler_kwargs
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, self.get_warmup_steps(steps), steps, more)
+        except (TypeError, ValueError) as error:
+            kind = self.lr_scheduler_type.value
+            example = SCHEDULES.get(kind, '{"name": value}')
+            raise UserError(
+                f"--lr_scheduler_type {kind}: {_line(error)}; it is told more by --lr_scheduler_kwargs '{example}'"
+            ) from error
+
+    def check_router(self, experts: int | None) -> None:
+        """`UserError` for --router_aux_loss_coef of a model without experts, which has nothing to weight with it."""
+        if getattr(self, "router_aux_loss_coef", None) and not experts:
+            raise UserError("--router_aux_loss_coef is for a model with experts, and this one has none; leave it out")
+
+    def take_packing(self) -> bool:
+        """--packing, for what packs here. TRL's trainer must not see it: it would pack the packed rows."""
+        self._packing, self.packing = self.packing, False
+        return self._packing
+
+    def to_dict(self) -> dict[str, Any]:
+        """As given, for what is kept of a run: --packing was not switched off by `take_packing`."""
+        taken = getattr(self, "_packing", None)
+        return super().to_dict() | ({} if taken is None else {"packing": taken})
 
     def check_fp16(self) -> None:
         """`UserError` where the libraries have no loss scaler for the device."""
@@ -220,6 +322,20 @@ STAGES: dict[str, tuple[type, ...]] = {
 }
 
 
+def losses(args: Any, rpo_alpha: float) -> str:
+    """Turn --rpo_alpha into TRL's loss types and weights; all of them in words. `UserError` where they contradict."""
+    weights = args.loss_weights or [1.0] * len(args.loss_type)
+    if rpo_alpha and "sft" in args.loss_type:
+        raise UserError("--rpo_alpha and --loss_type sft are the same term; leave one out")
+    if rpo_alpha:
+        args.loss_weights = weights = [*weights, rpo_alpha]
+        args.loss_type = [*args.loss_type, "sft"]
+    return " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, args.loss_type, strict=True))
+
+
+# --- parsing ------------------------------------------------------------------------------------------------
+
+
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Defaults are shown, the description keeps its line breaks."""
 
@@ -243,7 +359,7 @@ def parse(dataclasses_: Sequence[type], argv: Sequence[str] | None, description:
         _hide_rare_flags(parser)
     config = _value_of("--config", argv)
     if config is not None:
-        parser.set_defaults(**_read_config(config, dataclasses_))
+        parser.set_defaults(**_read_config(config, parser))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
@@ -251,7 +367,7 @@ def parse(dataclasses_: Sequence[type], argv: Sequence[str] | None, description:
     except UserError:
         raise
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(_line(error)) from error
     if unknown:
         renamed = [item + hint(item) for item in unknown if item.startswith("--") and hint(item)]
         if renamed:
@@ -284,26 +400,104 @@ def _value_of(flag: str, argv: Sequence[str]) -> str | None:
     return None
 
 
-def _read_config(path: str, dataclasses_: Sequence[type]) -> dict[str, Any]:
-    """The YAML mapping at `path`: flag names (or aliases) with the values the command line would take."""
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# --- --config -----------------------------------------------------------------------------------------------
+
+
+def _read_config(path: str, parser: HfArgumentParser) -> dict[str, Any]:
+    """The YAML mapping at `path`: flag names (or aliases) with the values the command line would take.
+
+    Raises `UserError` for an unknown name, and for a value that the command line would refuse.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: --config file not found")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not valid YAML: {_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of argument: value")
-    known: dict[str, dataclasses.Field] = {}
-    for item in (item for type_ in dataclasses_ for item in dataclasses.fields(type_) if item.init):
-        known[item.name] = item
-        for alias in item.metadata.get("aliases", ()):
-            known[alias.lstrip("-")] = item
+    hints: dict[str, Any] = {}
+    for type_ in parser.dataclass_types:
+        hints |= get_type_hints(type_)
+    known: dict[str, Action] = {}
+    for action in parser._actions:
+        # a switch's complement (--no_...) comes after it, with the same destination
+        if action.dest in hints and action.dest not in {each.dest for each in known.values()}:
+            known |= {name.lstrip("-").replace("-", "_"): action for name in action.option_strings}
     result = {}
     for key, value in content.items():
-        named = known.get(str(key).replace("-", "_"))
-        if named is None:
+        name = str(key).replace("-", "_")
+        if name not in known:
             raise UserError(f"{path}: unknown argument {key!r}{hint(str(key)) or '; --help_all lists them'}")
-        is_list = "list" in str(named.type)
-        result[named.name] = value if not is_list or isinstance(value, list | None) else [value]
+        action = known[name]
+        try:
+            result[action.dest] = _as_given(action, _kinds(hints[action.dest]), value)
+        except (ValueError, TypeError, ArgumentTypeError):
+            wanted = _wanted(action, _kinds(hints[action.dest]))
+            raise UserError(f"{path}: {key}: {json.dumps(value, default=str)}: expected {wanted}") from None
     return result
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation unites, without what they hold: list[str] | None is {list, NoneType}."""
+    each = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return {get_origin(kind) or kind for kind in each}
+
+
+def _as_given(action: Action, kinds: set[Any], value: Any) -> Any:
+    """What the command line would make of a YAML value; ValueError, TypeError or argparse's where it would not."""
+    if value is None and (type(None) in kinds or action.default is None):
+        return None
+    if isinstance(value, Mapping) and dict in kinds:
+        return _with_numbers(value)
+    if isinstance(value, Mapping) and action.dest == "model_overrides":
+        return [f"{name}={_override(each)}" for name, each in _with_numbers(value).items()]
+    if isinstance(value, list) and list in kinds:
+        return [_one(action, each) for each in value]
+    made = _one(action, value)
+    return [made] if action.nargs == "+" else made
+
+
+def _one(action: Action, value: Any) -> Any:
+    """One word of the command line: through the option's type, and among its choices."""
+    if isinstance(value, bool) and action.type is string_to_bool:
+        return value
+    if value is False and "no" in (action.choices or ()):  # YAML 1.1 reads an unquoted no as false
+        return "no"
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError(value)
+    kind: Any = action.type
+    made = kind(str(value))
+    if action.choices is not None and made not in action.choices:
+        raise ValueError(value)
+    return made
+
+
+def _wanted(action: Action, kinds: set[Any]) -> str:
+    """What an option takes, in words."""
+    if action.choices is not None:
+        one = f"one of {', '.join(map(str, action.choices))}"
+    elif action.type is string_to_bool:
+        one = "true or false"
+    else:
+        one = getattr(action.type, "__name__", str(action.type))
+    if list in kinds:
+        return f"{one}, or a list of it" + ", or a mapping" * (action.dest == "model_overrides")
+    return one if dict not in kinds else "a mapping"
+
+
+def _override(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _with_numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text, and inside a mapping no option's type says that it is a number."""
+    if isinstance(value, Mapping):
+        return {name: _with_numbers(each) for name, each in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    return value

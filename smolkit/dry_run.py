@@ -17,15 +17,17 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from smol_config import PRESETS, SmolConfig, count_parameters
 from smolkit import planner
+from smolkit.adapters import lora_config, policy_of
 from smolkit.arguments import (
     AdapterArguments,
+    DpoArguments,
     NewModelArguments,
     PretrainArguments,
     StageArguments,
     refuse_spread_adapters,
 )
-from smolkit.checkpoints import changed_preset, load_tokenizer, row_length
-from smolkit.command_line import RunArguments
+from smolkit.checkpoints import changed_preset, load_tokenizer, read_config, row_length
+from smolkit.command_line import RunArguments, losses
 from smolkit.doctor import (
     PRETRAIN_SUFFIXES,
     RECORD_SUFFIXES,
@@ -39,8 +41,9 @@ from smolkit.errors import UserError
 from smolkit.files import read_lines
 from smolkit.parallel import check_expert_parallel
 from smolkit.planner import GB, Work, amount, short
-from smolkit.runs import sharding_engine
+from smolkit.runs import sharding_engine, weights_dtype
 from smolkit.runtime import has_accelerator, supports_bf16
+from smolkit.shards import token_store
 from smolkit.upcycle import upcycled_config
 
 SAMPLE_ROWS = 200  # looked at in each file
@@ -77,6 +80,7 @@ def make_plan(
     new: NewModelArguments | None,
 ) -> dict[str, Any]:
     """See `dry_run`."""
+    refuse_contradictions(stage, new, args)
     missing: list[str] = []
     warnings: list[str] = []
     tokenizer = find_tokenizer(stage, missing)
@@ -90,9 +94,12 @@ def make_plan(
     if config is None:
         return plan
     work = make_work(kind, stage, args, config)
+    args.check_router(config.num_experts)
     check_expert_parallel(stage.expert_parallel_size, config, args, work.devices)
     if work.trained is not None:
         refuse_spread_adapters(stage.expert_parallel_size)
+        assert isinstance(stage, AdapterArguments)
+        lora_config(stage, config, _start(stage) or "the model")
     total, active = count_parameters(config)
     plan["model"] = {
         "architecture": config.native_type(),
@@ -123,9 +130,28 @@ def make_plan(
         schedule = (steps["schedule"]["kind"], steps["schedule"]["warmup_steps"], steps["steps"])
         warnings += planner.check_schedule(*schedule, steps["extended_from"])
     warnings += planner.check_fit(work, lines, asked, capacity)
+    if asked.endswith("-fp32") and has_bf16(stage) and "FLOP/s" in (plan["time"]["from"] or ""):
+        warnings.append(
+            f"{asked}: this run computes in float32, and the time is right only if the FLOP/s are, too: --bf16 true "
+            "computes in 16 bits"
+        )
     if getattr(stage, "ref_model_path", None) not in (None, getattr(stage, "model_path", None)):
         warnings.append("--ref_model_path is not --model_path: policy and reference have to start from one SFT model")
     return plan
+
+
+def refuse_contradictions(stage: StageArguments, new: NewModelArguments | None, args: RunArguments) -> None:
+    """`UserError` where the run would raise one before it looks at its data. What depends on this machine (a compiler,
+    a GPU for --qlora) is left to the run, which may have another."""
+    weights_dtype(stage.weights_dtype, args)
+    if args.resume_from_checkpoint and stage.resume == "never":
+        raise UserError("--resume never and --resume_from_checkpoint contradict each other; leave one out")
+    if getattr(stage, "base_model", None) and new is not None and new.wants_new_model():
+        raise UserError("--base_model contradicts the flags of a new model (--model_size ...); leave one out")
+    if isinstance(stage, DpoArguments):
+        losses(args, stage.rpo_alpha)
+        if stage.use_lora or Path(stage.model_path or "").is_dir():  # else it may become an adapter yet
+            policy_of(stage)
 
 
 # --- what is there ------------------------------------------------------------------------------------------
@@ -157,7 +183,7 @@ def find_config(
     start = _start(stage)
     overrides = new.overrides() if new is not None else {}
     if start and (Path(start) / "config.json").is_file():
-        found = SmolConfig.from_pretrained(start)
+        found = read_config(start)
         if isinstance(stage, PretrainArguments) and stage.upcycle_from:
             return upcycled_config(found, stage, overrides)
         return found
@@ -168,7 +194,7 @@ def find_config(
         missing.append("the model's shape: name a preset or a directory with --plan_model")
         return None
     if Path(size, "config.json").is_file():
-        return SmolConfig.from_pretrained(size)
+        return read_config(size)
     rows = (new.vocab_size if new is not None else None) or (len(tokenizer) if tokenizer is not None else None)
     if rows is not None and "vocab_size" not in overrides:
         multiple = new.pad_vocab_to_multiple_of if new is not None else 1
@@ -182,8 +208,10 @@ def find_data(kind: str, stage: StageArguments, tokenizer: Any, missing: list[st
     """Rows and tokens of the training data: given by flags, else estimated from a sample of every file."""
     assert stage.data_path, "validated"
     given = {"rows": _whole(stage.data_rows), "tokens": _whole(stage.data_tokens)}
+    if (store := token_store(stage.data_path)) and not any(given.values()):
+        return stored(store[0])
     try:
-        files = expand_paths(stage.data_path, PRETRAIN_SUFFIXES if kind == "pretrain" else RECORD_SUFFIXES)
+        files = store or expand_paths(stage.data_path, PRETRAIN_SUFFIXES if kind == "pretrain" else RECORD_SUFFIXES)
     except UserError as error:
         missing.append(f"data: {error}")
         return given | {"files": 0, "source": "given" if any(given.values()) else "unknown"}
@@ -199,6 +227,15 @@ def find_data(kind: str, stage: StageArguments, tokenizer: Any, missing: list[st
         "files": len(files),
         "source": f"{SAMPLE_ROWS} rows of each file",
     }
+
+
+def stored(manifest: Path) -> dict[str, Any]:
+    """Rows and tokens of a directory of tokens, as it has counted them; `UserError` when it does not say."""
+    try:
+        counts = json.loads(manifest.read_text(encoding="utf-8"))["counts"]
+        return {"rows": counts["records"], "tokens": counts["tokens"], "files": 1, "source": "a directory of tokens"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest.parent}: not a token store: {manifest.name} is unreadable ({error!r})") from error
 
 
 def sample_file(file: Path, read: Any, tokenizer: Any) -> tuple[float, float]:

@@ -54,12 +54,16 @@ def problem(directory: Path) -> str | None:
 
 def checkpoints(directory: Path) -> list[Path]:
     """`checkpoint-N` directories, oldest first."""
-    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=step_of)
+    return sorted((path for path in directory.glob("checkpoint-*") if has_step(path) and path.is_dir()), key=step_of)
+
+
+def has_step(checkpoint: Path) -> bool:
+    """Whether it is called `checkpoint-N`."""
+    return re.fullmatch(r"checkpoint-\d+", checkpoint.name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
-    """N of `checkpoint-N`."""
+    """N of `checkpoint-N` (see `has_step`)."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from smol_config import SmolConfig
 from smolkit.arguments import PlanArguments, StageArguments
 from smolkit.checkpoints import describe_model
-from smolkit.command_line import RunArguments
+from smolkit.command_line import ADAMW, STAGES, RunArguments
 from smolkit.doctor import expand_paths, validation_path
 from smolkit.doctor.checkup import glance
 from smolkit.errors import UserError, writing
@@ -33,6 +33,7 @@ from smolkit.manifest import (
     checkpoints,
     clear_remains,
     discard,
+    has_step,
     newest_whole,
     problem,
     step_of,
@@ -46,8 +47,36 @@ from smolkit.shards import checksum, token_store
 
 SETTINGS_FILE = "run_settings.json"  # what the run was started with; changed settings are refused
 COMPLETE_FILE = "training_complete.json"  # written last; its presence means the directory is final
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
 _COMPILATION_MINUTES = 30  # DeepSpeed's kernel for disks took 2 to 9 on two cores
+# Arguments that a continued run may change, and why. Every other one, also those that a later library will bring, is
+# taken for part of the result: it is written down when a run starts, and another value is refused.
+_FREE = {
+    "where it goes on, and what it survives": """
+        config resume resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint skip_nonfinite""",
+    "where it is written, and what is told of it": """
+        output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id report_to log_level
+        log_level_replica log_on_each_node logging_strategy logging_steps logging_first_step logging_nan_inf_filter
+        include_num_input_tokens_seen skip_memory_metrics disable_tqdm debug peak_tflops sample_prompts sample_tokens
+        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
+    "when it is evaluated, on what and how": """
+        eval_data_path max_eval_rows eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
+        prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps do_train do_eval""",
+    "when it is saved, and what is made of it in the end": """
+        save_strategy save_steps save_total_limit save_only_model save_on_each_node keep_every async_save save_dtype
+        merge merged_dir""",
+    "who reads the data": """
+        data_cache_dir num_proc dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+        dataloader_prefetch_factor dataloader_multiprocessing_context""",
+    "the layout, whose product is compared as global_batch_size, and the engine, whose kind is as strategy": """
+        per_device_train_batch_size gradient_accumulation_steps local_rank ddp_find_unused_parameters
+        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
+        accelerator_config parallelism_config expert_parallel_size""",
+    "how and where the same is computed, equal up to rounding": """
+        use_cpu threads attn_implementation tf32 torch_compile torch_compile_backend torch_compile_mode
+        gradient_checkpointing gradient_checkpointing_kwargs activation_offloading torch_empty_cache_steps
+        full_determinism precompute_ref_log_probs precompute_ref_batch_size""",
+}
+FREE = frozenset(" ".join(_FREE.values()).split())
 
 
 @dataclass
@@ -267,7 +296,7 @@ def weights_dtype(name: str, args: RunArguments) -> torch.dtype:
     reason = (
         f"{args.mixed_precision} autocast" if args.mixed_precision != "no"
         else engine if engine
-        else f"--optim {args.optim.value}" if args.optim.value not in _ADAMW
+        else f"--optim {args.optim.value}" if args.optim.value not in ADAMW
         else None
     )  # fmt: skip
     if name == "bf16" and reason:
@@ -285,21 +314,10 @@ def slow_arithmetic(dtype: torch.dtype, args: RunArguments) -> list[str]:
 def run_settings(
     stage: StageArguments, args: RunArguments, inputs: Iterable[str | Path], **more: Any
 ) -> dict[str, Any]:
-    """What determines the result of a run: arguments that matter, and a fingerprint of every input file."""
-    ignored = """
-        config max_eval_rows resume threads data_cache_dir num_proc save_dtype merge merged_dir output_dir
-        eval_data_path attn_implementation sample_prompts sample_tokens peak_tflops expert_parallel_size
-    """.split()
-    ignored += [item.name for item in fields(PlanArguments)]
-    kept = """
-        learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1
-        adam_beta2 adam_epsilon max_grad_norm max_steps num_train_epochs seed data_seed optim bf16 fp16
-        label_smoothing_factor max_length packing beta loss_type loss_weights label_smoothing
-        f_divergence_type train_sampling_strategy additional_steps
-    """.split()
-    settings = {name: value for name, value in asdict(stage).items() if name not in ignored}
-    values = {name: getattr(args, name) for name in kept if hasattr(args, name)}
-    settings |= {name: getattr(value, "value", value) for name, value in values.items()}
+    """What determines the result of a run: all arguments but `FREE` ones, and a fingerprint of every input file."""
+    planned = {item.name for item in fields(PlanArguments)}
+    given = asdict(stage) | args.to_dict()
+    settings = {name: value for name, value in given.items() if name not in FREE | planned}
     settings |= more
     layout = (args.world_size, args.train_batch_size, args.gradient_accumulation_steps)
     settings |= {"global_batch_size": math.prod(layout), "layout": layout}
@@ -353,9 +371,9 @@ def find_start(args: RunArguments, settings: dict[str, Any], resume: str) -> Sta
     if named and resume == "never":
         raise UserError("--resume never and --resume_from_checkpoint contradict each other; leave one out")
     _try_writing(directory)
-    own = Path(named) if named and Path(named).resolve().parent == directory.resolve() else None
+    own = _own_checkpoint(directory, named)
     if own and not _went_back(directory, settings):
-        return False, named, _check_named(named)  # back to an earlier step of this run, with whatever settings
+        return False, str(own), _check_named(named)  # back to an earlier step of this run, with whatever settings
     try:
         before = json.loads((directory / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
@@ -388,6 +406,20 @@ def find_start(args: RunArguments, settings: dict[str, Any], resume: str) -> Sta
     if checkpoint is None:
         return False, named, [*notes, *_check_named(named)]
     return False, str(checkpoint), notes
+
+
+def _own_checkpoint(directory: Path, named: str | None) -> Path | None:
+    """The checkpoint of `directory` that is named, links followed; `UserError` for one whose name tells no step."""
+    if named is None or Path(named).resolve().parent != directory.resolve():
+        return None
+    own = directory / Path(named).resolve().name
+    if not has_step(own):
+        _check_named(named)
+        raise UserError(
+            f"--resume_from_checkpoint {named}: in --output_dir a checkpoint is called checkpoint-N; rename it, or "
+            "move it elsewhere to branch off"
+        )
+    return own
 
 
 def _went_back(directory: Path, settings: dict[str, Any]) -> bool:
@@ -426,9 +458,14 @@ def _check_named(named: str | None) -> list[str]:
 
 
 def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Remarks on how a run is continued; `UserError` if its settings are not those it was started with."""
-    free = ("layout", "additional_steps")
-    changed = [name for name in now.keys() | before.keys() if name not in free and now.get(name) != before.get(name)]
+    """Remarks on how a run is continued; `UserError` if its settings are not those it was started with.
+
+    A setting that was not written down, or that a library has no longer, is no change: another version wrote the
+    record. One of ours that only the record has is: it is another stage's.
+    """
+    ours = {item.name for kinds in STAGES.values() for item in fields(kinds[0])} | {"new_model"}
+    known = (before.keys() & (now.keys() | ours) | {"branched_from"}) - {"layout", "additional_steps"}
+    changed = [name for name in known if now.get(name) != before.get(name)]
     if changed:
         raise UserError(
             f"{directory} holds a run with other settings: {_difference(before, now, min(changed))}; "

@@ -14,6 +14,7 @@ from smol_config import SmolConfig, preset_config
 from smolkit import planner
 from smolkit.errors import UserError
 from smolkit.planner import STRATEGIES, Work, amount, memory
+from smolkit.shards import write_store
 
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
 
@@ -68,6 +69,9 @@ def test_seven_billion_do_not_fit_under_plain_ddp() -> None:
     assert "110.6 GB of it weights, gradients and optimizer state" in warning
     assert "zero-1 fits" in warning
     assert planner.check_fit(work, lines, "zero-3", 80e9) == []
+    for unknown in ("zero-0", "zero-1-offload", "zero-2-nvme"):
+        (warning,) = planner.check_fit(work, lines, unknown, 80e9)
+        assert warning.startswith(f"{unknown}: the memory it takes is not known here, only that of ddp, ")
 
 
 def test_what_offloading_leaves_where() -> None:
@@ -220,6 +224,9 @@ def test_a_plan_without_anything_on_disk(tmp_path, capsys) -> None:
     assert any("ddp needs" in warning and "zero-1 fits" in warning for warning in made["warnings"])
     # 3 x 5B tokens at 6 x 6.3B FLOPs and attention: 15.3e9 x 43.9e9 / (8 x 0.4 x 989e12) = 59 hours
     assert made["time"]["seconds"] / 3600 == pytest.approx(56, rel=0.1)
+    assert not any("float32" in warning for warning in made["warnings"])
+    wide = plan(capsys, train_pretrain.main, f"{line} --weights_dtype fp32")
+    assert any("ddp-fp32: this run computes in float32" in warning for warning in wide["warnings"])
     assert not any(tmp_path.iterdir())
 
 
@@ -260,6 +267,40 @@ def test_experts_that_cannot_be_spread_are_refused_in_the_plan_too(capsys) -> No
     with pytest.raises(UserError, match="PEFT's adapters know nothing of spread experts"):
         train_dpo.main("--data_path n --model_path m --plan_model tiny-moe --num_devices 2 --dry_run --use_lora "
                        "--expert_parallel_size 2".split())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("main", "line", "message"),
+    [
+        (train_pretrain.main, "--weights_dtype bf16 --optim adafactor", "--weights_dtype bf16 contradicts --optim"),
+        (train_pretrain.main, "--resume never --resume_from_checkpoint c", "--resume never and --resume_from_"),
+        (train_pretrain.main, "--base_model m", "--base_model contradicts the flags of a new model"),
+        (train_pretrain.main, "--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay: "),
+        (train_lora.main, "--base_model m --plan_model tiny --lora_target no", "--lora_target no: m has no such"),
+        (train_lora.main, "--base_model m --plan_model tiny --lora_target experts", "--lora_target experts: m has no"),
+        (train_dpo.main, "--model_path m --rpo_alpha 1 --loss_type sft", "--rpo_alpha and --loss_type sft are the"),
+    ],
+)
+def test_what_the_run_refuses_the_plan_refuses(main, line, message) -> None:
+    new = "--model_size tiny " if main is train_pretrain.main else ""
+    with pytest.raises(UserError, match=message):
+        main(f"--data_path nowhere --data_tokens 1M --dry_run {new}{line}".split())
+
+
+def test_a_directory_of_tokens_is_counted(tmp_path, capsys) -> None:
+    """It has counted itself; it is no missing data, and what it cannot stand beside is a mistake."""
+    store, line = tmp_path / "tokens", f"--model_size tiny --num_devices 1 --output_dir {tmp_path}/out"
+    write_store(store, ["input_ids"], [({"input_ids": [[1, 2, 3], [4, 5]] * 100}, {})], {"kind": "pretrain"})
+    made = plan(capsys, train_pretrain.main, f"--data_path {store} {line}")
+    assert (made["data"]["rows"], made["data"]["tokens"]) == (200, 500)
+    assert not any(line.startswith("data") for line in made["missing"])
+    given = plan(capsys, train_pretrain.main, f"--data_path {store} --data_tokens 1M {line}")
+    assert given["data"] == {"rows": None, "tokens": 1_000_000, "files": 1, "source": "given"}
+    with pytest.raises(UserError, match="is a directory of tokens; name no other data beside it"):
+        plan(capsys, train_pretrain.main, f"--data_path {store} more.jsonl {line}")
+    (store / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="not a token store: manifest.json is unreadable"):
+        plan(capsys, train_pretrain.main, f"--data_path {store} {line}")
 
 
 def test_an_adapter_in_the_plan(tmp_path, capsys) -> None:

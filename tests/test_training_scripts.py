@@ -19,6 +19,8 @@ import train_dpo
 import train_full_sft
 import train_lora
 import train_pretrain
+from smolkit.adapters import MERGED_FROM, merged_directory
+from smolkit.arguments import LoraArguments
 from smolkit.chat import IM_END, render
 from smolkit.errors import UserError
 from smolkit.packing import (
@@ -75,9 +77,12 @@ def command(*words: object) -> str:
     return result.stdout + result.stderr
 
 
+def rows(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(directory: Path, name: str = "loss") -> list[float]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [row[name] for row in rows if name in row]
+    return [row[name] for row in rows(directory) if name in row]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +146,8 @@ def test_fine_tuning_learns_and_leaves_a_complete_directory(tuned) -> None:
     losses = metrics(tuned)
     assert losses[-1] < losses[0] - 0.3
     assert FILES <= {path.name for path in tuned.iterdir()}
+    arguments = [tuned, *tuned.glob("checkpoint-*")]
+    assert all(json.loads((path / "training_arguments.json").read_text())["packing"] for path in arguments)
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     stops = json.loads((tuned / "generation_config.json").read_text())["eos_token_id"]
     assert stops[0] == tokenizer.convert_tokens_to_ids(IM_END) and len(stops) == 2
@@ -195,7 +202,42 @@ def test_lora_refuses_unknown_modules(world, tuned, tmp_path) -> None:
         train_lora.main([*arguments, "--lora_target", "nonsense"])
     with pytest.raises(UserError, match="has no experts"):
         train_lora.main([*arguments, "--lora_target", "experts"])
+    with pytest.raises(UserError, match="--lora_target q_prj: .* has no such layers to adapt, but down_proj, "):
+        train_lora.main([*arguments, "--lora_target", "v_proj", "q_prj"])
+    with pytest.raises(UserError, match="--lora_target lm_head: "):
+        train_lora.main([*arguments, "--lora_target", "lm_head"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_beside_the_adapter_is_not_blamed_on_its_targets(world, tuned, tmp_path) -> None:
+    arguments = f"--data_path {world}/sft --base_model {tuned} --output_dir {tmp_path}/out --max_length 128".split()
+    with pytest.raises(UserError, match="^--router_aux_loss_coef is for a model with experts"):
+        train_lora.main([*arguments, "--router_aux_loss_coef", "0.1"])
+
+
+def test_a_merged_model_is_that_of_the_adapter(world, tuned, tmp_path, capsys) -> None:
+    """Merged, trained on without merging, merged again: not the first model, which would be there already."""
+    model = tmp_path / "lora-merged" / "model.safetensors"
+    words = f"""--data_path {world}/sft --base_model {tuned} --output_dir {tmp_path}/lora --max_length 128 --max_steps 2
+        --learning_rate 1e-2 --disable_tqdm true --weights_dtype fp32 --max_eval_rows 0""".split()
+    longer = [*words, "--additional_steps", "2"]
+    train_lora.main([*words, "--merge"])
+    first = model.read_bytes()
+    train_lora.main(longer)
+    assert model.read_bytes() == first
+    train_lora.main([*longer, "--merge"])
+    second = model.read_bytes()
+    assert second != first
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tuned), tmp_path / "lora")
+    expected = adapted.merge_and_unload().state_dict()
+    for name, value in load_file(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    model.unlink()  # to see whether it is written
+    capsys.readouterr()
+    train_lora.main([*longer, "--merge"])
+    assert "nothing to do" in capsys.readouterr().out and not model.exists()
+    train_lora.main([*longer, "--merge", "--save_dtype", "bf16"])
+    assert load_file(model)["model.norm.weight"].dtype == torch.bfloat16
 
 
 def dpo_arguments(world: Path, model: Path, output: Path, *more: str) -> list[str]:
@@ -214,6 +256,57 @@ def test_dpo_starts_at_ln_2_and_learns_the_preference(world, tuned) -> None:
     assert metrics(output, "rewards/accuracies")[-1] > 0.9
     assert metrics(output, "eval_rewards/accuracies")[-1] > 0.9
     assert FILES <= {path.name for path in output.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--merge true", "--merge is for an adapter, and none is trained: add --use_lora, or leave it out"),
+        ("--lora_r 64", "--lora_r is for an adapter, and none is trained"),
+        ("--lora_target q_proj", "--lora_target is for an adapter, and none is trained"),
+        ("--merged_dir m", "--merged_dir is for an adapter, and none is trained"),
+        ("--use_lora true --lora_target nosuch", "--lora_target nosuch: .* has no such layers to adapt"),
+        ("--router_aux_loss_coef 0.1", "--router_aux_loss_coef is for a model with experts"),
+    ],
+)
+def test_dpo_refuses_what_it_would_not_do(world, tuned, tmp_path, monkeypatch, more, message) -> None:
+    """Before anything is tokenised or made; in the plan as well."""
+    monkeypatch.setattr(train_dpo, "load_pairs", lambda *_: pytest.fail("tokenised"))
+    for dry in ("false", "true"):
+        with pytest.raises(UserError, match=message):
+            train_dpo.main(dpo_arguments(world, tuned, tmp_path / "out", *more.split(), "--dry_run", dry))
+    assert not (tmp_path / "out").exists()
+
+
+def test_dpo_on_an_adapter_refuses_another_shape(world, tuned, tmp_path) -> None:
+    adapter = tmp_path / "adapter"
+    train_lora.main(
+        f"""--data_path {world}/sft --base_model {tuned} --output_dir {adapter} --max_length 128 --max_steps 1
+        --disable_tqdm true --max_eval_rows 0""".split()
+    )
+    with pytest.raises(UserError, match=f"--lora_r: the adapter in {adapter} has its own and keeps it; leave it out"):
+        train_dpo.main(dpo_arguments(world, adapter, tmp_path / "out", "--lora_r", "64"))
+    quick = "--max_steps 1 --max_eval_rows 0 --disable_tqdm true --merge true".split()
+    train_dpo.main(dpo_arguments(world, adapter, tmp_path / "out", *quick))
+    assert (tmp_path / "out-merged" / "model.safetensors").is_file()
+
+
+def test_settings_that_were_not_written_down_before_are_noticed(world, tuned, tmp_path) -> None:
+    """A finished run is not "already trained" with another loss; one of an older record goes on as it is."""
+    output, quick = tmp_path / "out", "--max_steps 1 --max_eval_rows 0 --disable_tqdm true".split()
+    train_dpo.main(dpo_arguments(world, tuned, output, *quick))
+    for more in ("--ld_alpha 0.5", "--use_weighting true", "--disable_dropout false", "--dataloader_drop_last true"):
+        name = more.split()[0].removeprefix("--")
+        with pytest.raises(UserError, match=f"holds a run with other settings: {name} was "):
+            train_dpo.main(dpo_arguments(world, tuned, output, *quick, *more.split()))
+    record = json.loads((output / "run_settings.json").read_text())
+    for name in ("ld_alpha", "use_weighting", "optim_args", "neftune_noise_alpha"):
+        record.pop(name)
+    (output / "run_settings.json").write_text(json.dumps(record))
+    (output / "training_complete.json").unlink()
+    shutil.rmtree(output / "checkpoint-1")
+    train_dpo.main(dpo_arguments(world, tuned, output, *quick))
+    assert json.loads((output / "run_settings.json").read_text())["use_weighting"] is False
 
 
 # `--cpu --num_processes 2` would silently start one process.
@@ -283,6 +376,25 @@ def test_compiling_without_a_compiler_is_refused(world, tmp_path, monkeypatch) -
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and there is none \(/nowhere/g\+\+\): install one"):
         train_pretrain.main([*pretrain_arguments(world, tmp_path / "out", 2), "--torch_compile", "true"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_back_to_a_checkpoint_that_a_link_names(world, tmp_path, capsys) -> None:
+    words = [*pretrain_arguments(world, tmp_path, 2), "--disable_tqdm", "true", "--save_steps", "2"]
+    train_pretrain.main(words)
+    (tmp_path / "latest").symlink_to("checkpoint-2")
+    capsys.readouterr()
+    train_pretrain.main([*words, "--resume_from_checkpoint", str(tmp_path / "latest")])
+    assert f"continued from {tmp_path}/checkpoint-2" in capsys.readouterr().out
+
+
+def test_best_is_what_has_fewer_bits(world, tmp_path) -> None:
+    """transformers takes whatever does not end in "loss" for something to be raised."""
+    words = pretrain_arguments(world, tmp_path, 2)
+    more = "--disable_tqdm true --save_steps 1 --eval_steps 1 --load_best_model_at_end true --save_total_limit 9"
+    train_pretrain.main([*words, *more.split(), "--metric_for_best_model", "bits_per_byte"])
+    found = {row["step"]: row["eval_bits_per_byte"] for row in rows(tmp_path) if "eval_bits_per_byte" in row}
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == min(found, key=found.__getitem__) and len(found) == 4
 
 
 def test_dpo_with_a_likelihood_term_in_bf16(world, tuned, tmp_path) -> None:
@@ -423,3 +535,18 @@ def test_real_text_and_tokenizer_end_in_a_model_that_loads_elsewhere(samples, tm
     assert model.config.vocab_size >= len(AutoTokenizer.from_pretrained(tmp_path / "out"))
     losses = metrics(tmp_path / "out")
     assert math.log(151_665) * 0.9 < losses[0] < math.log(151_665) * 1.1
+
+
+def test_a_merged_model_replaces_only_one_like_it(tmp_path: Path) -> None:
+    """Nor the base model, nor the adapter, nor a file."""
+    stage = LoraArguments(data_path=["d"], base_model="b", merged_dir=str(tmp_path / "merged"))
+    assert merged_directory(stage, str(tmp_path / "out")) == stage.merged_dir, "not there yet"
+    (tmp_path / "merged").mkdir()
+    assert merged_directory(stage, str(tmp_path / "out")) == stage.merged_dir, "empty"
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds something that --merge has not written"):
+        merged_directory(stage, str(tmp_path / "out"))
+    (tmp_path / "merged" / MERGED_FROM).write_text("{}")
+    assert merged_directory(stage, str(tmp_path / "out")) == stage.merged_dir, "written by --merge"
+    with pytest.raises(UserError, match="is the --output_dir"):
+        merged_directory(stage, str(tmp_path / "merged"))
