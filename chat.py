@@ -2,7 +2,7 @@
 
     python chat.py --model_path out/quickstart/dpo
     python chat.py --model_path out/quickstart/dpo --prompt "Hello!" --max_length 256 --temperature 0.8
-    python chat.py --base_url http://127.0.0.1:8000/v1 --prompt "What is 3 + 4?" --tools data/exam/tools.json
+    python chat.py --base_url http://127.0.0.1:8000/v1 --prompt "Order it" --tools out/quickstart/data/exam/tools.json
     python chat.py --model_path out/quickstart/pretrain --completion --prompt "Nora is a"
 
 The answer streams as it is made. Without --prompt it is a conversation: the model sees what was said before. A
@@ -11,6 +11,7 @@ Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
 """
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--model_path",
-        help="checkpoint or PEFT adapter directory to load here, or hf://OWNER/NAME; default: the newest under out/",
+        help="checkpoint or adapter directory to load here, or hf://OWNER/NAME; default: the newest in out/, output/",
     )
     where.add_argument("--base_url", help="an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     parser.add_argument(
@@ -81,7 +82,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.completion and (args.system or args.tools):
         raise UserError("--completion continues a text as it is: leave out --system and --tools")
+    for flag in ("prompt", "system"):
+        _require_text(getattr(args, flag) or "", f"--{flag}")
     return args
+
+
+def _require_text(text: str, where: str) -> None:
+    """`UserError` for bytes that are not UTF-8: Python reads each as half a surrogate pair, which nobody can send."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: character {error.start + 1} is not UTF-8: save or type it as UTF-8") from None
+
+
+def ask(question: str) -> str:
+    """A line that the person types; `UserError` as `_require_text`."""
+    line = input(question)
+    _require_text(line, "your line")
+    return line
 
 
 class Chat:
@@ -129,7 +147,7 @@ class Chat:
             while calls := self.messages and self.messages[-1].get("tool_calls"):
                 results = []
                 for call in calls:
-                    result = input(f"result of {call['function']['name']} (empty: none)> ")
+                    result = ask(f"result of {call['function']['name']} (empty: none)> ")
                     if result:
                         results.append({"role": "tool", "tool_call_id": call["id"], "content": result})
                 if not results:
@@ -201,12 +219,17 @@ def converse(chat: Chat) -> None:
         import readline  # noqa: F401 - gives input() line editing and history where the platform has it
     except ImportError:
         pass
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # wrong bytes are `ask`'s to complain about, not a traceback
     while True:
         try:
-            line = input("you> ").strip()
+            line = ask("you> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
         try:
             if line.startswith("/") and not chat.command(line):
                 return

@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model_path", help="checkpoint or PEFT adapter directory; default: the newest checkpoint under out/"
+        "--model_path", help="checkpoint or PEFT adapter directory; default: the newest in out/, output/"
     )
     parser.add_argument("--adapter", help="PEFT adapter directory, merged into the model while loading")
     parser.add_argument("--quantization", choices=["int8", "int4"], help="round the weights; the result is kept")
@@ -57,7 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_model_len", type=int, help="longest prompt plus answer; default: the model's context")
     parser.add_argument("--max_num_seqs", type=int, default=16, help="requests decoded together")
     parser.add_argument(
-        "--max_num_batched_tokens", type=int, help="prompt tokens between two tokens of running answers; default: 512"
+        "--max_num_batched_tokens",
+        type=int,
+        help="prompt tokens between two tokens of running answers; default: 512, on a GPU 4096",
     )
     parser.add_argument(
         "--kv_cache_gib", type=float, help="GiB for keys and values; default: for --max_num_seqs of --max_model_len"
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loras = parse_loras(args.lora, model_name)
     sock = listen(args.host, args.port)  # a taken port shows before the model is loaded
     tokenizer = load_tokenizer(directory)
+    stop_ids = stop_ids_of(directory, tokenizer)
     batched = {} if args.max_num_batched_tokens is None else {"max_num_batched_tokens": args.max_num_batched_tokens}
     engine = load_engine(
         directory,
@@ -105,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine,
         tokenizer,
         model_name,
-        stop_ids=stop_ids_of(directory, tokenizer),
+        stop_ids=stop_ids,
         **options,
     )
     try:
-        serve(app, sock, args.drain_seconds)
+        serve(app, sock, args.drain_seconds, args.trusted_proxies)
     finally:
         engine.close()
     if engine.dead:

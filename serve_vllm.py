@@ -6,8 +6,8 @@
     python serve_vllm.py --model_path out/quickstart/sft --lora skill=out/quickstart/lora
     python serve_vllm.py --model_path out/quickstart/sft --quantization int8
 
-Without --model_path the newest checkpoint under out/ is served, be it of any stage; an unmerged LoRA directory is
-served over its base model. Flags that are not listed here go to vLLM's engine as they are (`--enforce_eager`,
+Without --model_path the newest checkpoint in out/ or output/ is served, be it of any stage; an unmerged LoRA directory
+is served over its base model. Flags that are not listed here go to vLLM's engine as they are (`--enforce_eager`,
 `--kv_cache_dtype fp8`, `--data_parallel_size 2`, ...; see vLLM's "Engine Arguments").
 """
 
@@ -52,7 +52,8 @@ ENGINE_FLAGS = {
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is vLLM's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", help="checkpoint or PEFT adapter directory; default: the newest under out/")
+    where = "checkpoint or PEFT adapter directory; default: the newest in out/, output/"
+    parser.add_argument("--model_path", help=where)
     for name, (kind, text) in ENGINE_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument(
@@ -60,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="int8 or int4: round the weights (the result is kept and serves again); else vLLM's, such as fp8",
     )
     add_server_arguments(parser)
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(_underscored(sys.argv[1:] if argv is None else argv, parser))
     require_positive(args, "tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens", "max_num_seqs")
     if args.quantization == "fp8" and not torch.cuda.is_available():
         raise UserError("--quantization fp8: vLLM has fp8 kernels for GPUs only, and torch sees none; use int8 or int4")
@@ -72,6 +73,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if args.quantization not in (None, "int8", "int4"):
         rest += ["--quantization", args.quantization]
     return args, rest
+
+
+def _underscored(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The same with our flags as they are called here: vLLM's own spelling of them would go to its engine, unread."""
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        ours = "--" + flag[2:].replace("-", "_")
+        words.append(ours + equals + value if flag[:2] == "--" and ours in parser._option_string_actions else word)
+    return words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = app_options(args)
     sock = listen(args.host, args.port)
     tokenizer = load_tokenizer(directory)
+    stop_ids = stop_ids_of(directory, tokenizer)
     weights = cached(directory, method) if method else directory
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own server has it, and see below
     # vLLM takes a minute to start its processes: until `serve` takes over, SIGTERM has to end them, too.
@@ -108,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine,
         tokenizer,
         name,
-        stop_ids=stop_ids_of(directory, tokenizer),
+        stop_ids=stop_ids,
         **options,
     )
     try:
-        serve(app, sock, args.drain_seconds)
+        serve(app, sock, args.drain_seconds, args.trusted_proxies)
     finally:
         engine.close()
     if engine.dead:

@@ -275,7 +275,8 @@ class Answers:
                     raise EngineError("generation ended early") from None
                 except TimeoutError:
                     raise DeadlineExceeded(f"the request took longer than {self.timeout:g} seconds") from None
-                piece = text.push(event)
+                first = job.echo and text.num_tokens == 0  # has the whole prompt in it: seconds, for a long one
+                piece = await asyncio.to_thread(text.push, event) if first else text.push(event)
                 yield piece
                 if piece.finish_reason:
                     return
@@ -292,6 +293,7 @@ class _ChoiceText:
         self.num_tokens = 0
         self.decoded = self.shown = 0  # characters known, and characters past the stop strings
         self.waiting: list[tuple[int, api.TokenLogprob]] = []  # log-probabilities of tokens not shown yet
+        self.tokens: dict[int, dict[str, Any]] = {}  # see `_token`: likely ones come again and again
 
     def push(self, event: TokenEvent) -> Piece:
         if event.finish_reason == "error":
@@ -361,6 +363,12 @@ class _ChoiceText:
         return api.TokenLogprob(**self._token(token_id), logprob=logprob, top_logprobs=top)
 
     def _token(self, token_id: int) -> dict[str, Any]:
+        """Text and bytes of a token, as they are written in a response."""
+        if (known := self.tokens.get(token_id)) is None:
+            known = self.tokens[token_id] = self._read_token(token_id)
+        return known
+
+    def _read_token(self, token_id: int) -> dict[str, Any]:
         # As after another word: some decoders take a space from the beginning of a text.
         word, start = self._word
         text = self._decoded([*word, token_id])[start:]

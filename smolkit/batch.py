@@ -7,7 +7,7 @@ Requests join and leave between decode steps (iteration-level scheduling: Orca, 
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +139,7 @@ class ContinuousBatch:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self.cache.release(sequence.row)
-            sequence.row = None
+            self._release(sequence)
 
     @torch.inference_mode()
     def step(self) -> list[Result]:
@@ -175,10 +174,35 @@ class ContinuousBatch:
                 sequence.row = row
                 return
             latest = self.running.pop()
-            self.cache.release(latest.place)
-            latest.row, latest.length = None, 0
+            self._release(latest)
+            latest.length = 0
             self.waiting.appendleft(latest)
             self.preemptions += 1
+
+    def _release(self, sequence: SequenceState, spoiled: bool = False) -> None:
+        """Give its row back: as zeros where it holds what is no number, or where no logits have shown that it does not.
+
+        Columns that others do not see still enter their sums, as 0 * value.
+        """
+        row = sequence.place
+        if spoiled or sequence.in_prompt:
+            row.states[:, :, :, : sequence.length + 1] = 0  # and the one of a step between two chunks, see `_decode`
+        self.cache.release(row)
+        sequence.row = None
+
+    def _forget(self, sequence: SequenceState) -> None:
+        """Take out a sequence whose logits are no numbers, with all that is kept of its prompt."""
+        prefixes = self.cache.prefixes
+        parent: Hashable = sequence.request.adapter
+        prompt, chunk = sequence.tokens[: sequence.prompt_length], self.chunk or sequence.prompt_length
+        for start in range(0, len(prompt), chunk):
+            block = prefixes.blocks.pop((parent, tuple(prompt[start : start + chunk])), None)
+            if block is None:
+                break
+            parent = block[0]  # what else stands on it is found no more, and goes in its turn
+            prefixes.bytes -= block[1].nbytes
+        self.running.remove(sequence)
+        self._release(sequence, spoiled=True)
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -303,13 +327,18 @@ class ContinuousBatch:
         return self._choose(sequences, logits) if rows else []
 
     def _choose(self, sequences: Sequence[SequenceState], logits: Tensor) -> list[Result]:
-        """Sample from logits (R, V); sequences that end here leave the batch."""
+        """Sample from logits (R, V); sequences that end here leave the batch.
+
+        One whose logits are no numbers fails alone: its adapter may have diverged, and the others have not.
+        """
         values, ids = logits[:, : self.vocab_size].max(-1)
         best, finite = ids.tolist(), values.isfinite().tolist()
-        if not all(finite):
-            raise FloatingPointError("the model produced non-finite logits")
         results: list[Result] = []
         for row, sequence in enumerate(sequences):
+            if not finite[row]:
+                results.append((sequence, FloatingPointError("the model produced non-finite logits")))
+                self._forget(sequence)
+                continue
             try:
                 results.append((sequence, self._chosen(sequence, logits[row], best[row])))
             except torch.AcceleratorError:  # the device's, and so everybody's
@@ -317,7 +346,7 @@ class ContinuousBatch:
             except Exception as error:  # what one request asks for must not end the others
                 results.append((sequence, error))
         for sequence, event in results:
-            if isinstance(event, Exception) or event.finish_reason:
+            if sequence.row is not None and (isinstance(event, Exception) or event.finish_reason):
                 self.remove(sequence)
         return results
 

@@ -489,16 +489,24 @@ def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 def find_tool_calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(start, end, call) of every well-formed call in a text, its tags included; see `parse_tool_calls`."""
     position = 0
-    for start in _CALL_START.finditer(text):
-        if start.start() < position:  # the tag is inside the JSON of the call before
-            continue
-        try:
-            call, end = _DECODER.raw_decode(text, start.end())
-        except (ValueError, RecursionError):
-            continue
-        closing = _CALL_END.match(text, end)
-        well_formed = isinstance(call, dict) and isinstance(call.get("name"), str)
-        if not well_formed or not isinstance(call.get("arguments"), dict) or closing is None:
-            continue
-        position = closing.end()
-        yield start.start(), position, call
+    for tag in _CALL_START.finditer(text):
+        # Not where the tag is inside the JSON of the call before.
+        if tag.start() >= position and (found := read_tool_call(text, tag.start())):
+            position, call = found
+            yield tag.start(), position, call
+
+
+def read_tool_call(text: str, start: int) -> tuple[int, dict[str, Any]] | None:
+    """(end, call) of the call whose opening tag is at `start`; None where there is no well-formed one."""
+    tag = _CALL_START.match(text, start)
+    # Asked before the decoder is, whose complaint about anything else would count the lines up to there.
+    if tag is None or not text.startswith("{", tag.end()):
+        return None
+    try:
+        call, end = _DECODER.raw_decode(text, tag.end())
+    except (ValueError, RecursionError):
+        return None
+    closing = _CALL_END.match(text, end)
+    if closing is None or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
+        return None
+    return closing.end(), call

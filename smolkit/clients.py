@@ -115,8 +115,9 @@ def connected(
     prepare(seed=None, huge_pages=True)
     directory, adapter_path = split_adapter(_downloaded(source), adapter)
     tokenizer, key = load_tokenizer(directory), secrets.token_urlsafe()
+    stop_ids = stop_ids_of(directory, tokenizer)
     engine = load_engine(directory, tokenizer, model_name="local", dtype=dtype, device=device, adapter=adapter_path)
-    app = create_app(engine, tokenizer, "local", key, stop_ids=stop_ids_of(directory, tokenizer))
+    app = create_app(engine, tokenizer, "local", key, stop_ids=stop_ids)
     try:
         with serving(app) as url:
             yield Endpoint(name or model_name_of(source), openai.OpenAI(base_url=f"{url}/v1", api_key=key), "local")

@@ -110,7 +110,8 @@ class TorchEngine:
         **limits: Any,
     ) -> None:
         kind = "cpu" if model.device.type == "cpu" else "else"
-        limits = {"chunk": CHUNK[kind], "max_num_batched_tokens": MAX_BATCHED_TOKENS[kind]} | limits
+        limits = {"max_num_batched_tokens": MAX_BATCHED_TOKENS[kind]} | limits
+        limits = {"chunk": min(CHUNK[kind], limits["max_num_batched_tokens"])} | limits
         self._batch = ContinuousBatch(model.eval(), vocab_limit, **limits)
         for name, pairs in (adapters or {}).items():
             self._batch.decoder.adapt(name, pairs)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import llguidance.hf
 import torch
@@ -21,6 +22,9 @@ from smolkit.text_stream import CALL_CLOSE, CALL_OPEN
 
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_CALLS = 8  # tool calls of one constrained answer
+# Levels of a schema in each other, through its references. llguidance follows them by recursion: in a thread's usual
+# 8 MiB it comes to 1,600, and then the process ends.
+MAX_LEVELS = 400
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,85 @@ def _rule(name: str, body: str) -> str:
 
 
 def _embedded(schema: Mapping[str, Any]) -> str:
+    """The schema as a rule's body; `UserError` where it is deeper than llguidance may be given."""
+    if (levels := _levels(schema)) > MAX_LEVELS:
+        raise UserError(
+            f"the schema is up to {levels} levels deep, references followed, and the limit is {MAX_LEVELS}: let fewer "
+            "of its parts refer to each other"
+        )
     return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+
+
+def _levels(schema: Mapping[str, Any]) -> int:
+    """How deep llguidance may go in a schema, at most: it follows each reference once, wherever it meets it first.
+
+    That is the longest way through references that leads nowhere twice. Only a bound of it is cheap to find: parts
+    that refer to each other in a circle, and those between two circles, count as if one way led through all of them.
+    """
+    old = ("id",) if "draft-04" in str(schema.get("$schema")) else ()
+    deepest, references, plain = _extent(schema, ("$id", "$schema", *old))
+    targets = {reference: _target(schema, reference) for reference in {*references}}
+    if not plain or None in targets.values():  # who knows what they name: each may lead through everything
+        return deepest * (1 + len(references))
+    extents = {id(target): _extent(target) for target in targets.values()}
+    own = {reference: extents[id(target)] for reference, target in targets.items()}
+    sizes = {reference: extent[0] for reference, extent in own.items()}
+    after = {reference: {*extent[1]} for reference, extent in own.items()}
+    below, others = _longest_way(after, sizes)
+    before: dict[str, set[str]] = {reference: set() for reference in others}
+    for reference in others:
+        for later in after[reference] & others:
+            before[later].add(reference)
+    above, circles = _longest_way(before, sizes)
+    return deepest + above + sum(sizes[reference] for reference in circles) + below
+
+
+def _extent(schema: Any, bases: Sequence[str] = ()) -> tuple[int, list[str], bool]:
+    """Of a part of a schema: its levels; the references in it; whether no part of it has one of the keys `bases`, in
+    which "#/..." would mean another schema."""
+    level, levels, references, plain = [schema], 0, [], True
+    while level:
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, Mapping):
+                references += [part["$ref"]] if isinstance(part.get("$ref"), str) else []
+                plain &= levels == 0 or not any(isinstance(part.get(name), str) for name in bases)
+            values = part.values() if isinstance(part, Mapping) else part
+            below += [value for value in values if isinstance(value, (Mapping, list))]
+        level, levels = below, levels + 1
+    return levels, references, plain
+
+
+def _target(schema: Any, reference: str) -> Any:
+    """What a reference of the form "#/..." names; None where it has another one or names nothing."""
+    if reference != "#" and not reference.startswith("#/"):
+        return None
+    for step in unquote(reference).split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, Mapping):
+            schema = schema.get(step)
+        elif isinstance(schema, list) and step.isascii() and step.isdigit() and len(step) < 10:
+            schema = schema[int(step)] if int(step) < len(schema) else None
+        else:
+            return None
+    return schema if isinstance(schema, (Mapping, list)) else None
+
+
+def _longest_way(after: Mapping[str, set[str]], sizes: Mapping[str, int]) -> tuple[int, set[str]]:
+    """(the longest way through nodes from which none leads into a circle, the other nodes); `after`: graph."""
+    before: dict[str, list[str]] = {node: [] for node in after}
+    for node, later in after.items():
+        for each in later:
+            before[each].append(node)
+    left, ways = {node: len(later) for node, later in after.items()}, dict(sizes)
+    ready = [node for node, count in left.items() if not count]
+    for node in ready:  # grows meanwhile
+        for earlier in before[node]:
+            ways[earlier] = max(ways[earlier], sizes[earlier] + ways[node])
+            left[earlier] -= 1
+            if not left[earlier]:
+                ready.append(earlier)
+    return max((ways[node] for node in ready), default=0), {*after} - {*ready}
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Variables of well-known chat templates that only choose among the template's own words.
 TEMPLATE_KWARGS = ("enable_thinking", "thinking")
+LONG = 256  # log-probabilities that are written in a thread: those of a whole prompt take a second
 
 
 # --- responses ----------------------------------------------------------------------------------------------
@@ -180,8 +181,9 @@ async def _sse(
             async for piece in pieces:
                 counts[piece.index] = piece.num_tokens
                 record.completion_tokens = sum(counts.values())
-                for choice in chunks.of(piece):
-                    yield _event({**head, "choices": [choice]})
+                write = partial(_events, head, chunks, piece)
+                for event in await run_in_threadpool(write) if len(piece.logprobs) > LONG else write():
+                    yield event
     except Exception as error:  # the status line is out: the client can only be told in the stream
         known = isinstance(error, EngineError)
         if not known:
@@ -191,6 +193,10 @@ async def _sse(
     if include_usage:
         yield _event({**head, "choices": [], "usage": _usage(job, counts).model_dump()})
     yield "data: [DONE]\n\n"
+
+
+def _events(head: dict[str, Any], chunks: _ChatChunks | _TextChunks, piece: Piece) -> list[str]:
+    return [_event({**head, "choices": [choice]}) for choice in chunks.of(piece)]
 
 
 def _event(data: dict[str, Any]) -> str:
@@ -265,12 +271,16 @@ async def _respond(
     whole = await _unless_disconnected(http, collect)
     if whole is None:
         return Response(status_code=499)
-    choice = _chat_choice if chat else _text_choice
-    name = "chat.completion" if chat else "text_completion"
     usage = _usage(job, {piece.index: piece.num_tokens for piece in whole})
     record.completion_tokens = usage.completion_tokens
-    choices = [choice(piece, logprobs) for piece in whole]
-    return JSONResponse({**head, "object": name, "choices": choices, "usage": usage.model_dump()})
+
+    def write() -> Response:
+        choice = _chat_choice if chat else _text_choice
+        name = "chat.completion" if chat else "text_completion"
+        choices = [choice(piece, logprobs) for piece in whole]
+        return JSONResponse({**head, "object": name, "choices": choices, "usage": usage.model_dump()})
+
+    return await run_in_threadpool(write) if sum(len(piece.logprobs) for piece in whole) > LONG else write()
 
 
 # --- the application ----------------------------------------------------------------------------------------

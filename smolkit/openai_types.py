@@ -8,14 +8,16 @@ import itertools
 import math
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
 MAX_CHOICES = 16
 MAX_DEPTH = 64  # of a request's JSON: schemas and arguments are walked recursively further in
 MAX_STOP_LENGTH = 1000
+MAX_MESSAGES = 10_000
+MAX_ITEMS = 1000  # tools; parts and calls of a message
 MAX_MESSAGE_LENGTH = 500  # of error messages, which may quote the request
 
 
@@ -109,6 +111,21 @@ def encodable(text: str) -> bool:
     return True
 
 
+# Lists stop at the first wrong item, and dictionaries at the first wrong value: pydantic would describe a million of
+# them for each type that it tries, on the event loop.
+_Item = TypeVar("_Item")
+Numbers = Annotated[list[int], Field(fail_fast=True)]
+Items = Annotated[list[_Item], Field(fail_fast=True, max_length=MAX_ITEMS)]
+
+
+def _one_by_one(values: Any, validate: Callable[[Any], Any]) -> Any:
+    """`validate(values)`, but of a dictionary each value on its own where most of them may be wrong."""
+    if isinstance(values, dict) and len(values) > 1:
+        for key, value in values.items():
+            validate({key: value})
+    return validate(values)
+
+
 class FunctionCallIn(_Request):
     name: str
     arguments: str | dict[str, Any] = Field(description="a JSON object, usually as a string")
@@ -127,8 +144,8 @@ class ContentPart(_Request):
 
 class Message(_Request):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[ToolCallIn] | None = None
+    content: str | Items[ContentPart] | None = None
+    tool_calls: Items[ToolCallIn] | None = None
     tool_call_id: str | None = None
 
     def plain(self, number: int) -> dict[str, Any]:
@@ -216,6 +233,9 @@ class StreamOptions(_Request):
 
 
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+TemplateKwargs = Annotated[dict[str, bool | int | float | str | None], WrapValidator(_one_by_one)]
 
 
 class _Generation(_Body):
@@ -231,10 +251,10 @@ class _Generation(_Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], WrapValidator(_one_by_one)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description="same request, same answer")
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="no end of text before so many tokens")
     ignore_eos: bool | None = Field(None, description="go on to max_tokens, through any end of text")
     stream: bool | None = None
@@ -257,15 +277,15 @@ class _Generation(_Body):
 
 
 class ChatRequest(_Generation):
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
         None, description="default with tools: auto; required and a named tool constrain the answer to valid calls"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
     response_format: ResponseFormat | None = Field(None, description="constrains the answer to JSON")
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(
+    chat_template_kwargs: TemplateKwargs | None = Field(
         None, description="variables of the chat template that the server allows, such as enable_thinking"
     )
     logprobs: bool | None = None
@@ -273,7 +293,6 @@ class ChatRequest(_Generation):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "What is photosynthesis?"}]}]}
     )
-
 
     def tools_to_call(self) -> list[dict[str, Any]]:
         """The tools that the answer must call: none, unless `tool_choice` says so."""
@@ -300,9 +319,9 @@ class CompletionRequest(_Generation):
     )
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Numbers], Field(min_length=1, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     model_config = ConfigDict(
@@ -314,16 +333,16 @@ class TokenizeRequest(_Body):
     """One of `prompt` and `messages`."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Items[Tool] | None = None
     add_special_tokens: bool | None = Field(None, description="for `prompt`, as in a completion (default)")
     add_generation_prompt: bool | None = Field(None, description="for `messages`, as in a chat completion (default)")
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(_Body):
-    tokens: list[int]
+    tokens: Numbers
 
 
 # OpenAI's own bookkeeping, which changes no answer.

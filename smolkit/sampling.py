@@ -135,7 +135,7 @@ class Sampler:
             scores, token_ids = scores.topk(min(r.top_k, len(scores)))
         elif r.top_p < 1:
             scores, token_ids = scores.sort(descending=True)
-        probabilities = scores.double().softmax(0)
+        probabilities = _exact(scores).softmax(0)
         if r.min_p > 0:
             probabilities = probabilities * (probabilities >= r.min_p * probabilities.max())
         if r.top_p < 1:  # nucleus: the smallest head whose mass reaches top_p of what is left
@@ -147,6 +147,11 @@ class Sampler:
         last = torch.searchsorted(cumulative, cumulative[-1:])  # the last entry that has any probability
         index = int(torch.minimum(position, last))
         return index if token_ids is None else int(token_ids[index])
+
+
+def _exact(scores: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none."""
+    return (scores.cpu() if scores.device.type == "mps" else scores).double()
 
 
 def logprobs_of(logits: Tensor, token: int, count: int | None, vocab_size: int) -> Scores:

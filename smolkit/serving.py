@@ -5,6 +5,7 @@
 
 import argparse
 import asyncio
+import ipaddress
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from smol_model import SmolForCausalLM
 from smolkit.cache import cache_budget
 from smolkit.chat import chat_stop_ids
-from smolkit.checkpoints import merge_adapter, require_adapter
+from smolkit.checkpoints import load_weights, merge_adapter, require_adapter
 from smolkit.engine import TorchEngine
 from smolkit.errors import UserError
 from smolkit.http_guard import Limits, log_access_to
@@ -81,6 +82,13 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drain_seconds", type=int, default=30, help="after SIGTERM or Ctrl-C, for requests that are being answered"
     )
+    group.add_argument(
+        "--trusted_proxies",
+        nargs="+",
+        default=[],
+        metavar="ADDRESS",
+        help="addresses or networks of proxies that say in X-Forwarded-For whose request it is; default: none",
+    )
     group.add_argument("--cors_origins", nargs="+", default=[], help="web pages whose scripts may ask; default: none")
     group.add_argument(
         "--chat_template_kwargs",
@@ -97,6 +105,11 @@ def app_options(args: argparse.Namespace) -> dict[str, Any]:
     require_positive(args, *limits, "default_max_tokens")
     if args.drain_seconds < 0:
         raise UserError(f"--drain_seconds {args.drain_seconds}: must be 0 or more")
+    for proxy in args.trusted_proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError as error:
+            raise UserError(f"--trusted_proxies {proxy}: {error}; give addresses such as 10.0.0.0/8") from None
     try:
         log_access_to(args.access_log)
     except OSError as error:
@@ -136,12 +149,15 @@ def api_keys(key: str | None, file: str | None) -> list[str]:
     return keys
 
 
-def newest_checkpoint(root: str | Path = "out") -> Path:
-    """The checkpoint or adapter directory under `root` that was written last."""
-    found = (file for name in ("config.json", "adapter_config.json") for file in Path(root).glob(f"**/{name}"))
+def newest_checkpoint(*roots: str | Path) -> Path:
+    """The checkpoint or adapter directory under `roots` (default: out/ and output/) that was written last."""
+    roots = roots or ("out", "output")
+    names = ("config.json", "adapter_config.json")
+    found = (file for root in roots for name in names for file in Path(root).glob(f"**/{name}"))
     configs = [file for file in found if any(file.parent.glob("*.safetensors"))]
     if not configs:
-        raise UserError(f"no checkpoint under {root}/: give one as --model_path")
+        places = " or ".join(f"{root}/" for root in roots)
+        raise UserError(f"no checkpoint under {places}: give one as --model_path")
     newest = max(configs, key=lambda config: config.stat().st_mtime).parent
     logger.info("no --model_path: taking the newest checkpoint, %s", newest)
     return newest
@@ -207,10 +223,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def stop_ids_of(directory: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids that end an answer: the tokenizer's and those of generation_config.json."""
-    if not (directory / "generation_config.json").is_file():
+    """Ids that end an answer: the tokenizer's and those of generation_config.json, or `UserError` if that is broken."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
         return chat_stop_ids(tokenizer)
-    return chat_stop_ids(tokenizer, GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id)
+    try:
+        config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read: {_first_line(error).rstrip('.')}; mend it or take it away") from None
+    return chat_stop_ids(tokenizer, config.eos_token_id)
 
 
 def load_engine(
@@ -244,9 +265,7 @@ def load_engine(
         if quantization_of(directory):
             model = load_quantized(directory, weights, device=place)
         else:
-            model = SmolForCausalLM.from_pretrained(
-                directory, dtype=weights, local_files_only=True, use_safetensors=True
-            )
+            model = load_weights(directory, dtype=weights, local_files_only=True)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -324,12 +343,16 @@ def _first_line(error: Exception) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, or `UserError` when the address cannot be had."""
+    """A listening socket, or `UserError` when the address cannot be had.
+
+    Who connects before the server runs waits for it. A socket that is only bound would keep no second server away.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen()
     except (OSError, OverflowError) as error:
         sock.close()
         raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port (0: a free one)") from None
@@ -337,7 +360,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(sock: socket.socket) -> str:
-    """The URL under which clients on this machine reach a bound socket."""
+    """The URL under which clients on this machine reach a listening socket."""
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -346,7 +369,8 @@ def url_of(sock: socket.socket) -> str:
 class _Protocol(H11Protocol):
     """uvicorn's, but a connection whose next request has not begun to be answered in time is closed.
 
-    uvicorn's own clock runs only from an answer to the next byte: others could keep all connections busy with one.
+    uvicorn's own clock runs only from an answer to the next byte: others could keep all connections busy with one. So
+    could those that were answered before their request was whole, and never send the rest.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows the argument
@@ -363,7 +387,7 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _close_without_header(self) -> None:
-        if self.conn.their_state is h11.IDLE:
+        if self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE:
             self.transport.close()
 
 
@@ -380,13 +404,15 @@ class _Server(uvicorn.Server):
                 logger.info("serving at %s/v1 (documentation at %s/docs)", url_of(sock), url_of(sock))
 
 
-def _server(app: FastAPI, drain_seconds: int) -> _Server:
+def _server(app: FastAPI, drain_seconds: int, trusted_proxies: Sequence[str] = ()) -> _Server:
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=drain_seconds,
         server_header=False,
+        proxy_headers=bool(trusted_proxies),  # uvicorn would believe whoever connects from this machine
+        forwarded_allow_ips=list(trusted_proxies),
         http=_Protocol,  # h11 bounds the header it waits for, which httptools does not
         h11_max_incomplete_event_size=64 * 2**10,
     )
@@ -395,13 +421,16 @@ def _server(app: FastAPI, drain_seconds: int) -> _Server:
     return server
 
 
-def serve(app: FastAPI, sock: socket.socket, drain_seconds: int = 30) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish for at most `drain_seconds`."""
+def serve(app: FastAPI, sock: socket.socket, drain_seconds: int = 30, trusted_proxies: Sequence[str] = ()) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests finish for at most `drain_seconds`.
+
+    `trusted_proxies`: addresses and networks whose X-Forwarded-For is believed.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn handles both while it runs and then delivers them again to the handler it found: to this
         # one, so that the process goes on to its orderly end instead of dying from the signal.
         signal.signal(number, lambda *_: None)
-    _server(app, drain_seconds).run(sockets=[sock])
+    _server(app, drain_seconds, trusted_proxies).run(sockets=[sock])
 
 
 @contextmanager

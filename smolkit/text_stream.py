@@ -13,12 +13,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from smolkit.chat import find_tool_calls
+from smolkit.chat import THOUGHT_TOKENS, TOOL_TOKENS, find_tool_calls, read_tool_call
 
 REPLACEMENT = "\ufffd"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 CONTEXT_TOKENS = 16  # of a prompt that an answer continues
+PENDING_TOKENS = 16  # that are decoded again and again, waiting for the end of a character
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # of SentencePiece's byte fallback
+_CALL_TAG = re.compile(r"\n?<tool_call>\s*")
 # A call as templates and grammars write it, up to the first brace of its arguments. Its name, quoted, is group 1.
 _CALL_HEAD = re.compile(r'\n?<tool_call>\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
@@ -32,16 +34,18 @@ class Detokenizer:
 
     Where bytes are tokens of their own (SentencePiece's byte fallback), one that is wrong spoils all those beside it,
     so they wait for the end of their row.
+
+    Special tokens have no text, except the tags of tool calls and thoughts, which some tokenizers mark as special, too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] = ()) -> None:
         self._backend = tokenizer.backend_tokenizer  # called per token: the wrapper around it costs more than it
-        self._skipped: frozenset[int] | None = None  # special tokens, which part no row of bytes
+        added, shown = self._backend.get_added_tokens_decoder(), {*TOOL_TOKENS, *THOUGHT_TOKENS}
+        self._skipped = frozenset(i for i, token in added.items() if token.special and token.content not in shown)
         # The parts of a decoder can only be read in its serialised form, JSON.
-        if (decoder := self._backend.decoder) is not None and b'"ByteFallback"' in decoder.__getstate__():
-            added = self._backend.get_added_tokens_decoder()
-            self._skipped = frozenset(i for i, token in added.items() if token.special)
-        self._context = list(before[-CONTEXT_TOKENS:])  # ids whose text has been given out
+        decoder = self._backend.decoder
+        self._bytes_are_tokens = decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
+        self._context = [i for i in before[-CONTEXT_TOKENS:] if i not in self._skipped]  # whose text has been given out
         if self._decode(self._context).endswith(REPLACEMENT):  # a character that may be finished here: shown here
             self._context = []
         self._pending: list[int] = []
@@ -49,37 +53,48 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The new text that this token completes, possibly empty."""
-        self._pending.append(token_id)
-        if self._ends_in_byte():
+        if token_id in self._skipped:
             return ""
-        text = self._text_of_pending()
+        self._pending.append(token_id)
+        if self._bytes_are_tokens and BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or ""):
+            return ""  # the next one may continue its row
+        text = self._text(self._context, self._pending)
         # An unfinished character decodes to one replacement character at the end.
-        unfinished = text.endswith(REPLACEMENT) and self._skipped is None
+        unfinished = text.endswith(REPLACEMENT) and not self._bytes_are_tokens
         delta = (text[:-1] if unfinished else text)[len(self._given) :]
         if unfinished or not text:
             self._given += delta
+            self._shorten(text)
         else:
             self._context, self._pending, self._given = self._pending, [], ""
         return delta
 
-    def _ends_in_byte(self) -> bool:
-        """Whether the pending ids end in a row of bytes that the next one may continue."""
-        if self._skipped is None:
-            return False
-        last = next((i for i in reversed(self._pending) if i not in self._skipped), None)
-        return last is not None and BYTE_TOKEN.fullmatch(self._backend.id_to_token(last) or "") is not None
+    def _shorten(self, text: str) -> None:
+        """Bound the pending ids, whose text is `text`: nobody says that their character ever comes to its end."""
+        if len(self._pending) <= PENDING_TOKENS:
+            return
+        if not text:  # ids that are no tokens
+            self._pending.pop()
+            return
+        for length in range(4, 8):  # a character has four bytes at most: one of these cuts is between two of them
+            head, tail = self._pending[:-length], self._pending[-length:]
+            rest = self._text(head, tail)
+            if rest and self._text(self._context, head) + rest == text:
+                self._given = self._given[len(text) - len(rest) :]
+                self._context, self._pending = head, tail
+                return
 
     def flush(self) -> str:
         """What remains: the replacement character of bytes that were never completed."""
-        delta = self._text_of_pending()[len(self._given) :]
+        delta = self._text(self._context, self._pending)[len(self._given) :]
         self._context, self._pending, self._given = [], [], ""
         return delta
 
-    def _text_of_pending(self) -> str:
-        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+    def _text(self, before: list[int], ids: list[int]) -> str:
+        return self._decode(before + ids)[len(self._decode(before)) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+        return self._backend.decode(ids, skip_special_tokens=False)
 
 
 class StopStrings:
@@ -128,28 +143,58 @@ class ToolCallStream:
         self.complete: list[int] = []  # the well-formed calls so far
         self._fragments = fragments
         self._num_begun = 0
-        self._held = ""
-        self._searched = 0  # up to here the held text has no undecided closing tag
-        self._arguments: _ObjectEnd | None = None  # of a call that has begun; the held text begins with that call
+        self._held = ""  # begins with the tag of a call that is not decided yet, if it has one
+        self._object: _ObjectEnd | None = None  # of that call, as soon as it has one
+        self._arguments: _ObjectEnd | None = None  # of that call, if it has begun
 
     def push(self, text: str) -> tuple[str, list[CallPart]]:
         """(content that is certain, what this piece adds to calls)."""
         self._held += text
+        content, parts = "", []
+        while True:
+            content += self._release(self._before_call())
+            parts += self._fragment() if self._fragments else []
+            end = self._end_of_call()
+            if end is None:
+                return content, parts
+            start = self._held.index(CALL_OPEN)
+            found = read_tool_call(self._held[:end], start)
+            if found is not None:
+                parts += self._take([(start, *found)])[1]
+            elif self._arguments is not None:  # it has begun: what follows is content
+                self._release(self._arguments.position)
+                self._arguments = None
+            else:  # malformed for good, but another may begin inside
+                content += self._release(start + len(CALL_OPEN))
+
+    def _before_call(self) -> int:
+        """The length of what is before the first call, or before what may become the tag of one."""
         start = self._held.find(CALL_OPEN)
         if start < 0:
-            keep = max(_overlap(self._held, "\n" + CALL_OPEN), _overlap(self._held, CALL_OPEN))
-            return self._release(len(self._held) - keep), []
-        content = self._release(start - 1 if self._held[:start].endswith("\n") else start)
-        parts = self._fragment() if self._fragments else []
-        while (end := self._held.find(CALL_CLOSE, self._searched)) >= 0:
-            self._searched = end + len(CALL_CLOSE)
-            # The tag may also be inside a JSON string: then nothing parses yet, and a later tag decides.
-            if found := list(find_tool_calls(self._held[: self._searched])):
-                before, calls = self._take(found)
-                after, later = self.push("")  # text after the last call is ordinary again
-                return content + before + after, parts + calls + later
-        self._searched = max(self._searched, len(self._held) - len(CALL_CLOSE) + 1)
-        return content, parts
+            return len(self._held) - max(_overlap(self._held, "\n" + CALL_OPEN), _overlap(self._held, CALL_OPEN))
+        return start - 1 if self._held[:start].endswith("\n") else start
+
+    def _end_of_call(self) -> int | None:
+        """Where the call that the held text begins with ends, its closing tag included; None while it may go on.
+
+        0 where it is malformed, whatever follows. Each call is looked through once. A tag inside a string of it may
+        begin another one, which ends at the next tag if not before: where one of them is inside a string the other is
+        not. So all of them together take as long as the text.
+        """
+        if self._object is None:
+            tag = _CALL_TAG.match(self._held)
+            if tag is None or tag.end() == len(self._held):
+                return None
+            if not self._held.startswith("{", tag.end()):
+                return 0
+            self._object = _ObjectEnd(tag.end())
+        self._object.advance(self._held)
+        if self._object.broken or not self._object.found:
+            return 0 if self._object.broken else None
+        rest = self._held[self._object.position :].lstrip()
+        if rest.startswith(CALL_CLOSE):
+            return len(self._held) - len(rest) + len(CALL_CLOSE)
+        return None if CALL_CLOSE.startswith(rest) else 0
 
     def flush(self) -> tuple[str, list[CallPart]]:
         content, parts = self._take(list(find_tool_calls(self._held)))
@@ -194,16 +239,16 @@ class ToolCallStream:
     def _release(self, count: int) -> str:
         released, self._held = self._held[:count], self._held[count:]
         if count:
-            self._searched = 0
+            self._object = None
         return released
 
 
 class _ObjectEnd:
-    """Where a JSON object ends, in a text that grows: behind the brace that closes it, or where a string is broken."""
+    """Where a JSON object ends, in a text that grows: behind the brace that closes it, or where it is broken."""
 
     def __init__(self, start: int) -> None:
         self.position = start
-        self.found = self._quoted = self._escaped = False
+        self.found = self.broken = self._quoted = self._escaped = False
         self._depth = 0
 
     def advance(self, text: str) -> str:
@@ -211,7 +256,8 @@ class _ObjectEnd:
         start = self.position
         while self.position < len(text) and not self.found:
             character = text[self.position]
-            self.found = self._quoted and character < " "  # strings have no line breaks: nobody closed this one
+            # Strings have no line breaks: nobody closed this one. Outside of them there is no tag, nor an escape.
+            self.found = self.broken = character < " " if self._quoted else character in "<\\"
             if not self.found:
                 self._read(character)
                 self.position += 1

@@ -12,18 +12,20 @@ import httpx
 import openai
 import pytest
 import requests
+from fastapi.exceptions import RequestValidationError
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from smolkit import openai_types as api
+from smolkit.answers import Answers
 from smolkit.chat import chat_stop_ids, render
 from smolkit.engine import EngineBusy, EngineError, TokenEvent
-from smolkit.openai_api import create_app
+from smolkit.openai_api import _validation_error, create_app
 from smolkit.serving import serving
 
-from .conftest import WEATHER, ScriptedEngine
+from .conftest import TEXT, WEATHER, ScriptedEngine
 
 QUESTION = [{"role": "user", "content": "What is photosynthesis?"}]
 Greedy = Callable[[list[int], int], list[int]]
@@ -495,6 +497,69 @@ def test_bad_completions(url: str, fields: dict[str, Any]) -> None:
     body = json.dumps({"max_tokens": 2, **fields})
     response = httpx.post(f"{url}/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400 and error_of(response)["message"]
+
+
+MANY = 300_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        (api.CompletionRequest, {"prompt": ["a"] + [0] * MANY}, "prompt"),
+        (api.CompletionRequest, {"prompt": [[1], ["a"] * MANY]}, "prompt"),
+        (api.CompletionRequest, {"prompt": "a", "stop": [0] * MANY}, "stop"),
+        (api.CompletionRequest, {"prompt": "a", "logit_bias": {str(i): "x" for i in range(MANY)}}, "logit_bias.0"),
+        (api.ChatRequest, {"messages": [{}] * MANY}, "messages.0.role"),
+        (api.ChatRequest, {"messages": [{"role": "user", "content": [{}] * MANY}]}, "messages.0.content.0.type"),
+        (api.ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [{}] * MANY}]},
+         "messages.0.tool_calls.0.function"),
+        (api.ChatRequest, {"messages": QUESTION, "tools": [{}] * MANY}, "tools.0.type"),
+        (api.ChatRequest, {"messages": QUESTION, "chat_template_kwargs": {str(i): [] for i in range(MANY)}},
+         "chat_template_kwargs.0"),
+        (api.ChatRequest, {"messages": QUESTION * MANY}, "messages"),
+        (api.ChatRequest, {"messages": QUESTION, "tools": [WEATHER] * MANY}, "tools"),
+        (api.DetokenizeRequest, {"tokens": ["a"] * MANY}, "tokens.0"),
+    ],
+)  # fmt: skip
+def test_a_million_mistakes_are_told_as_one(kind: type[BaseModel], fields: dict[str, Any], param: str) -> None:
+    """A description of each, for each type that is tried, would hold everybody up for half a minute."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(fields)
+    errors = caught.value.errors()
+    assert len(errors) <= 5
+    located = [{**error, "loc": ("body", *error["loc"])} for error in errors]
+    error = _validation_error(RequestValidationError(located, body=fields))
+    assert error.body["error"]["param"] == param
+
+
+def test_an_echo_holds_nobody_up(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A long prompt with its log-probabilities, while the event loop turns; its text and tokens are the prompt's."""
+    prompt = tokenizer.encode(TEXT[0] + TEXT[4]) * 60
+
+    class Scores(ScriptedEngine):
+        async def generate(self, request: Any) -> Any:
+            likely = tuple((i, -1.0) for i in range(100, 120))
+            scores = ((None, ()), *[(-1.0, likely)] * (len(prompt) - 1))
+            yield TokenEvent(self.tokenizer.eos_token_id, -1.0, likely, "length", scores)
+
+    answers = Answers(Scores(tokenizer), tokenizer, "scripted")
+    body = api.CompletionRequest(prompt=prompt, echo=True, logprobs=20, max_tokens=1)
+
+    async def turns() -> tuple[int, list[Any]]:
+        count, task = 0, asyncio.create_task(collected())
+        while not task.done():
+            await asyncio.sleep(0.001)
+            count += 1
+        return count, await task
+
+    async def collected() -> list[Any]:
+        return [piece async for piece in answers.pieces(answers.completion_job(body))]
+
+    count, pieces = asyncio.run(turns())
+    assert count > 10, "one turn is what the whole prompt takes on the loop"
+    assert pieces[0].text == tokenizer.decode(prompt)
+    ids = [likely.token for likely in pieces[0].logprobs[1].top_logprobs]
+    assert len(pieces[0].logprobs) == len(prompt) + 1 and ids == [tokenizer.decode([i]) for i in range(100, 120)]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 50_000, b'{"messages": NaN}'])

@@ -1,6 +1,9 @@
 """chat.py: its commands, continuing texts, and what it does when an answer breaks off."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -104,6 +107,22 @@ def test_texts_are_continued(
     assert asked(engine) == "Two"
     with pytest.raises(UserError, match="leave out --system"):
         chat.main([*where, "--prompt", "x", "--system", "Be kind."])
+
+
+def test_bytes_that_are_no_text_are_one_line(
+    scripted: tuple[ScriptedEngine, openai.OpenAI], root: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """On the command line, and in a conversation, which goes on."""
+    engine, client = scripted
+    engine.will_say("fine")
+    where = ["--base_url", str(client.base_url)]
+    for flag in ("--prompt", "--system"):
+        with pytest.raises(UserError, match=f"{flag}: character 2 is not UTF-8"):
+            chat.main([*where, flag, os.fsdecode(b"a\xff")])
+    command = [sys.executable, str(root / "chat.py"), *where]
+    result = subprocess.run(command, input=b"a\xff\nHello!\n", capture_output=True, cwd=root, timeout=120)
+    assert result.returncode == 0 and b"fine" in result.stdout
+    assert result.stderr == b"error: your line: character 2 is not UTF-8: save or type it as UTF-8\n"
 
 
 def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was(

@@ -5,12 +5,14 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from smol_model import SmolForCausalLM
+from smolkit import sampling
 from smolkit.batch import ContinuousBatch, generate_batch
 from smolkit.chat import chat_stop_ids
 from smolkit.decoder import Decoder
@@ -515,6 +517,89 @@ def test_a_failing_step_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
             await collect(engine, request_of([7, 8]))
 
     asyncio.run(closed())
+
+
+def nan_pairs() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """An adapter that has diverged in training."""
+    return {"model.layers.0.self_attn.q_proj": (torch.full((1, 32), torch.nan), torch.ones(128, 1))}
+
+
+def test_an_adapter_that_has_diverged_fails_alone() -> None:
+    """Beside others, joining in the middle, and in the place that another one takes afterwards."""
+    engine = TorchEngine(random_model("dense"), adapters={"bad": nan_pairs()}, max_num_seqs=3)
+
+    async def run() -> None:
+        fine = [GenerationRequest([7, 8], 200, 0.0), GenerationRequest([9, 10], 200, 0.0)]
+        expected = [await collect(engine, request) for request in fine]
+        together = [asyncio.create_task(collect(engine, request)) for request in fine]
+        await asyncio.sleep(0.02)
+        for prompt in ([7], [8, 9], [10] * 300):
+            with pytest.raises(EngineError, match="generation failed"):
+                await collect(engine, GenerationRequest(prompt, 5, 0.0, adapter="bad"))
+        assert await asyncio.gather(*together) == expected
+        assert [await collect(engine, request) for request in fine] == expected
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_no_numbers_that_are_none_stay_in_the_cache() -> None:
+    """Neither in rows, of sequences that failed, left in their prompt or gave way, nor in prefixes of their prompt."""
+    model = random_model("dense")
+    batch = ContinuousBatch(model, chunk=32, max_num_batched_tokens=32, budget=2**26, max_num_seqs=4)
+    clean = random_prompts(1)[0] * 3
+    spoiled = [*range(6, 70), 9] * 2
+    weight = model.model.embed_tokens.weight
+    kept = weight[9].clone()
+
+    def all_finite() -> bool:
+        racks = [rack for shelf in batch.cache.shelves for rack in shelf.racks]
+        blocks = [block for _, block in batch.cache.prefixes.blocks.values()]
+        return all(bool(states.isfinite().all()) for states in racks + blocks)
+
+    def start(prompt: list[int]) -> object:
+        sequence = batch.start(GenerationRequest(prompt, 4, 0.0))
+        batch.add(sequence)
+        return sequence
+
+    expected = answers_of(batch, [GenerationRequest(clean, 4, 0.0)])
+    with torch.no_grad():
+        weight[9] = torch.nan
+    results = []
+    start(spoiled)
+    while len(batch):
+        results += batch.step()
+    assert [type(event) for _, event in results] == [FloatingPointError] and all_finite()
+    sequence = start(spoiled)
+    for _ in range(2):
+        batch.step()
+    assert not all_finite()
+    batch.remove(sequence)
+    racks = [rack for shelf in batch.cache.shelves for rack in shelf.racks]
+    assert all(bool(rack.isfinite().all()) for rack in racks)
+    with torch.no_grad():
+        weight[9] = kept
+    assert answers_of(batch, [GenerationRequest(clean, 4, 0.0)]) == expected
+
+
+def test_chunks_are_no_longer_than_a_step() -> None:
+    """`--max_num_batched_tokens` below the usual chunk, which nobody asked for, is not refused for its sake."""
+    engine = TorchEngine(random_model("dense"), max_num_batched_tokens=20)
+    assert engine._batch.chunk == 20
+    prompt = random_prompts(1)[0]
+    expected = generate_batch(random_model("dense"), [prompt], 5, ())
+    events = asyncio.run(collect(engine, GenerationRequest(prompt, 5, 0.0)))
+    assert [[event.token_id for event in events]] == expected
+    engine.close()
+    with pytest.raises(ValueError, match="128 tokens at a time"):
+        TorchEngine(random_model("dense"), max_num_batched_tokens=20, chunk=128)
+
+
+def test_sampling_where_the_device_has_no_float64() -> None:
+    """Apple's GPUs: the choice is made on the CPU, in as many digits."""
+    scores = MagicMock(device=torch.device("mps"))
+    assert sampling._exact(scores) is scores.cpu.return_value.double.return_value
+    assert sampling._exact(torch.zeros(2)).dtype == torch.float64
 
 
 class Breaks(GivesUp):

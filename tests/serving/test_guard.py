@@ -21,7 +21,7 @@ from smolkit.errors import UserError
 from smolkit.http_guard import Limits, RateLimit
 from smolkit.openai_api import create_app
 from smolkit.sampling import TokenEvent
-from smolkit.serving import add_server_arguments, api_keys, app_options, serving
+from smolkit.serving import _server, add_server_arguments, api_keys, app_options, listen, serving, url_of
 
 from .conftest import ScriptedEngine, started
 
@@ -137,6 +137,11 @@ def test_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for flag, value in (("--default_max_tokens", "-5"), ("--drain_seconds", "-1")):
         with pytest.raises(UserError, match=f"{flag} {value}: must be"):
             app_options(parser.parse_args([flag, value, "--access_log", log]))
+    assert args.trusted_proxies == []
+    for wrong in ("everybody", "*", "10.0.0.1/8"):
+        with pytest.raises(UserError, match="--trusted_proxies .*give addresses"):
+            app_options(parser.parse_args(["--trusted_proxies", "127.0.0.1", wrong, "--access_log", log]))
+    app_options(parser.parse_args(["--trusted_proxies", "::1", "10.0.0.0/8", "--access_log", log]))
     nowhere = str(tmp_path / "nowhere" / "log")
     with pytest.raises(UserError, match=f"--access_log {nowhere}: cannot be written: No such file"):
         app_options(parser.parse_args(["--access_log", nowhere]))
@@ -229,6 +234,51 @@ def test_a_connection_without_a_request_is_closed(
             for _ in range(2):  # on one connection, each longer than that
                 answer = client.post(f"{url}/v1/chat/completions", json={**BODY, "max_tokens": 40}, timeout=30)
                 assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(("line", "status"), [("POST /v1/models", b"401"), ("GET /health", b"200")])
+def test_a_connection_whose_request_never_ends_is_closed(
+    talker: ScriptedEngine,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    status: bytes,
+) -> None:
+    """It was answered before its body was there; another byte of that is no next request."""
+    monkeypatch.setattr("smolkit.serving.HEADER_SECONDS", 0.3)
+    with serving(create_app(talker, tokenizer, "scripted", "secret")) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+            connection.sendall(f"{line} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n".encode())
+            assert connection.recv(4096).startswith(b"HTTP/1.1 " + status)
+            connection.sendall(b"{")
+            while connection.recv(4096):
+                pass
+
+
+def test_who_asks_is_told_by_trusted_proxies_only(
+    talker: ScriptedEngine, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever is on this machine could else count for anybody in the rate limit, and in the log."""
+    caplog.set_level(logging.INFO, logger="smolkit.access")
+
+    def statuses(*trusted: str) -> list[int]:
+        app = create_app(talker, tokenizer, "scripted", "secret", limits=Limits(requests_per_minute=3))
+        sock = listen("127.0.0.1", 0)
+        server = _server(app, 1, trusted)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        try:
+            assert server.ready.wait(30)
+            wrong = [{"authorization": "Bearer guess", "x-forwarded-for": f"203.0.113.{number}"} for number in range(5)]
+            return [httpx.get(f"{url_of(sock)}/v1/models", headers=headers).status_code for headers in wrong]
+        finally:
+            server.should_exit = True
+            thread.join()
+            sock.close()
+
+    assert statuses() == statuses("203.0.113.77") == [401, 401, 401, 429, 429]
+    assert "203.0.113." not in caplog.text
+    assert statuses("127.0.0.0/8") == [401] * 5 and '"client": "203.0.113.4"' in caplog.text
 
 
 def test_deadline(slow: SlowEngine, tokenizer: PreTrainedTokenizerFast) -> None:

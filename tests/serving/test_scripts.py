@@ -31,7 +31,15 @@ from smolkit.errors import UserError
 from smolkit.openai_api import create_app
 from smolkit.quantize import check_vllm_kernels, quantize
 from smolkit.sampling import GenerationRequest
-from smolkit.serving import load_engine, load_tokenizer, newest_checkpoint, parse_loras, serving, split_adapter
+from smolkit.serving import (
+    listen,
+    load_engine,
+    load_tokenizer,
+    newest_checkpoint,
+    parse_loras,
+    serving,
+    split_adapter,
+)
 
 from .conftest import TEXT, VLLM_FLAGS, WEATHER, ScriptedEngine, started, tiny_config
 
@@ -220,6 +228,14 @@ def test_bad_checkpoints(
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port}" in refused("--model_path", checkpoint, "--port", port)
+    loading = listen("127.0.0.1", 0)  # a server that has come no further yet
+    port = loading.getsockname()[1]
+    assert f"127.0.0.1:{port}" in refused("--model_path", checkpoint, "--port", port)
+    loading.close()
+    cut = shutil.copytree(checkpoint, tmp_path / "cut")
+    (cut / "generation_config.json").write_text('{"eos_token_id": [1')
+    (cut / "model.safetensors").write_bytes(b"is not read")
+    assert "generation_config.json: cannot be read: " in refused("--model_path", cut)
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in checkpoint.iterdir():
@@ -356,6 +372,11 @@ def test_serve_vllm_arguments(checkpoint: Path, adapter: Path, monkeypatch: pyte
     flags = "--tensor_parallel_size 4 --gpu_memory_utilization 0.9 --max_num_batched_tokens 4096 --max_num_seqs 64"
     args, rest = serve_vllm.parse([*flags.split(), "--enforce_eager", "--port", "1", "--max_model_len", "2048"])
     assert rest == ["--enforce_eager", *flags.split(), "--max_model_len", "2048"] and args.port == 1
+    # vLLM's own spelling of flags that are ours; its other flags, and values, stay as they are.
+    dashes = "--served-model-name a-b --max-model-len=64 --enforce-eager --api-key s-e"
+    args, rest = serve_vllm.parse(dashes.split())
+    assert (args.served_model_name, args.api_key, args.max_model_len) == ("a-b", "s-e", 64)
+    assert rest == ["--enforce-eager", "--max_model_len", "64"]
     assert serve_vllm.parse(["--quantization", "awq"])[1] == ["--quantization", "awq"]
     for method in ("int8", "int4"):  # ours: vLLM finds what we made by itself
         assert serve_vllm.parse(["--quantization", method])[1] == []

@@ -1,10 +1,13 @@
 """Streamed text adds up to the whole text, however the stream is cut."""
 
+import copy
 import json
 import random
+import time
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from smolkit.chat import parse_tool_calls
@@ -47,6 +50,35 @@ def test_bytes_that_are_tokens(sentencepiece: PreTrainedTokenizerFast) -> None:
         detokenizer = Detokenizer(sentencepiece)
         text = "".join(detokenizer.push(i) for i in ids) + detokenizer.flush()
         assert text == sentencepiece.decode(ids, skip_special_tokens=True)
+
+
+def test_characters_that_never_end(tokenizer: PreTrainedTokenizerFast, sentencepiece: PreTrainedTokenizerFast) -> None:
+    """Invalid bytes, special tokens and ids that are no tokens, in any order, take as long as they are many."""
+    generator = random.Random(1)
+    bytes_of = tokenizer.convert_tokens_to_ids(["å", "ħ", "Ģ", "ð", "Ł", "A"])  # E5, 85, 80, F0, 9F and a letter
+    nothing = [tokenizer.eos_token_id, len(tokenizer) + 5]
+    for kinds in (bytes_of, bytes_of[:5], bytes_of[2:3], bytes_of[:2], bytes_of + nothing, nothing):
+        ids = [generator.choice(kinds) for _ in range(400)]
+        detokenizer = Detokenizer(tokenizer)
+        text = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+        assert text == tokenizer.decode(ids, skip_special_tokens=True)
+    for either, ids in ((tokenizer, nothing), (tokenizer, bytes_of[2:3]), (sentencepiece, [2, 9999])):
+        detokenizer, before = Detokenizer(either), time.process_time()
+        for number in range(8000):
+            detokenizer.push(ids[number % len(ids)])
+        assert time.process_time() - before < 1.5, "every token was decoded anew with all before it"
+
+
+def test_tags_that_are_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of other people's tokenizers: the tags of tool calls and thoughts are text all the same, the chat's are not."""
+    special = copy.deepcopy(tokenizer)
+    tags = ["<tool_call>", "</tool_call>", "<think>"]
+    special.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in tags], special_tokens=True)
+    text = f"<think>a {CALL}"
+    ids = special.encode(text + "<|im_end|>", add_special_tokens=False)
+    assert special.decode(ids, skip_special_tokens=True) != text
+    detokenizer = Detokenizer(special)
+    assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == text
 
 
 def test_a_text_that_goes_on(sentencepiece: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -174,3 +206,55 @@ def test_content_before_a_call_is_not_delayed() -> None:
     stream = ToolCallStream()
     assert stream.push("Let me see.\n<tool") == ("Let me see.", [])
     assert stream.push("_call>\n{") == ("", [])
+
+
+PARTS = [
+    "<tool_call>", "</tool_call>", "<tool_call>", "\n", "{", "}", '"', "\\", '\\"', "[", "]", ",", ":", " ", "\t", "1",
+    "天", "<", "tool_call>", "</tool", '"a": "x"', '<tool_call>{"', '{"name": "f", "arguments": {', "}}", '"name"',
+    '"arguments"', CALL, '<tool_call>{"name":"g","arguments":{"b":"<tool_call>{\\"</tool_call>"}}</tool_call>',
+]  # fmt: skip
+
+
+def test_any_text_in_any_pieces_has_the_calls_of_the_whole() -> None:
+    """Content and calls of random texts are those of `parse_tool_calls`, and none is lost in parts either."""
+    generator = random.Random(0)
+    found = 0
+    for _ in range(4000):
+        text = "".join(generator.choice(PARTS) for _ in range(generator.randrange(1, 25)))
+        cuts = sorted(generator.randrange(len(text) + 1) for _ in range(generator.randrange(9)))
+        stream, content, calls = ToolCallStream(), "", {}
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            more, parts = stream.push(text[start:end])
+            content += more
+            for part in parts:
+                calls[part.index] = calls.get(part.index, "") + part.arguments
+        rest, parts = stream.flush()
+        for part in parts:
+            calls[part.index] = calls.get(part.index, "") + part.arguments
+        expected = parse_tool_calls(text)
+        assert content + rest == expected[0], text
+        assert [json.loads(call) for call in calls.values()] == [call["arguments"] for call in expected[1]], text
+        assert stream.complete == [*range(len(calls))]
+        found += len(calls)
+    assert found > 1000
+
+
+@pytest.mark.parametrize("fragments", [False, True])
+@pytest.mark.parametrize("before", ["", '<tool_call>{"name": "f", "arguments": {"x": "'])
+def test_tags_without_end_take_as_long_as_they_are_many(fragments: bool, before: str) -> None:
+    generator = random.Random(0)
+    tag = "<tool_call>"
+    for parts in ([tag, "</tool_call>"], [tag + '{"'], [tag + '{"a": "'], [tag + '{"\\"', "{"]):
+        stream, clock = ToolCallStream(fragments), time.process_time()
+        stream.push(before)
+        for _ in range(4000):
+            stream.push(generator.choice(parts))
+        stream.push("\n"), stream.flush()
+        assert time.process_time() - clock < 2, parts
+
+
+def test_what_is_no_call_is_content_at_once() -> None:
+    stream = ToolCallStream()
+    assert stream.push("<tool_call>\n") == ("", [])
+    assert stream.push("not JSON") == ("<tool_call>\nnot JSON", [])
+    assert stream.push('<tool_call>{"a": </') == ('<tool_call>{"a": </', [])
