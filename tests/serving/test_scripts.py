@@ -241,10 +241,10 @@ def test_bad_checkpoints(
     for file in checkpoint.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     (broken / "model.safetensors").write_bytes(b"not a tensor file")
-    assert "cannot be loaded" in refused("--model_path", broken)
+    assert "cannot load the weights: " in refused("--model_path", broken)
     config = json.loads((checkpoint / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    assert "cannot be loaded" in refused("--model_path", broken)
+    assert "cannot load the weights: " in refused("--model_path", broken)
     (broken / "tokenizer.json").write_text("{")
     assert "the tokenizer cannot be loaded: " in refused("--model_path", broken)
     shutil.copy(checkpoint / "tokenizer.json", broken)
@@ -269,7 +269,7 @@ def test_only_safetensors_are_read(checkpoint: Path, adapter: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"no weights as \*\.safetensors"):
         split_adapter(pickled, None)
     tokenizer = load_tokenizer(checkpoint)
-    with pytest.raises(UserError, match="the model cannot be loaded: .*safetensors"):
+    with pytest.raises(UserError, match="cannot load the weights: .*safetensors"):
         load_engine(pickled, tokenizer, model_name="x")
     with pytest.raises(UserError, match="cannot load the weights: .*safetensors"):
         build_model(load_config(checkpoint, tokenizer_of(checkpoint), checkpoint), pickled, torch.float32)
