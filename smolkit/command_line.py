@@ -194,6 +194,7 @@ class RunArguments(LibraryArguments):
             kind, settings = Trainer.get_optimizer_cls_and_kwargs(self)
             if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
                 kind(weights, **settings)
+        # for a package that is not here, settings that it does not have, bad values of them, and what is not supported
         except (ImportError, TypeError, ValueError, NotImplementedError) as error:
             if "need to pass a" not in str(error):  # else it is made of a model's layers, and that stays to be seen
                 raise UserError(f"--optim {self.optim.value}: {_line(error)}") from error

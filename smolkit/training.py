@@ -138,7 +138,8 @@ class TrainerMixin(GuardMixin):
         else:
             kind = GivenOrder if self.args.train_sampling_strategy == "sequential" else SeededOrder
             order = kind(len(rows), self.order_seed(), multiple)
-        dataset: Any = rows if processes == 1 else ConcatDataset([rows, [blank]])  # type: ignore[list-item]
+        end: Any = [blank]  # a list is dataset enough
+        dataset: Any = rows if processes == 1 else ConcatDataset([rows, end])
         if len(dataset) != order.rows:  # accelerate takes the rest of a division for duplicates to drop from metrics
             dataset.total_dataset_length = len(order)
         loader = self._get_dataloader(dataset, "Training", self._train_batch_size, lambda _: order, is_training=True)
