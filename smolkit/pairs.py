@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 
 from smolkit.packing import IGNORE, best_fit, pair_lengths
 from smolkit.training import TrainerMixin
@@ -61,29 +60,17 @@ class PairLossMixin(TrainerMixin):
         return self.ordered_dataloader(None, pair_lengths)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Every `world_size`-th pair on each process; a process that runs out gets a blank."""
+        """A process that runs out of pairs gets a blank."""
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        padded = -(-len(pairs) // world) * world
 
         def collate(numbers: list[int]) -> dict[str, torch.Tensor]:
             rows: Any = [pairs[number] if number < len(pairs) else None for number in numbers]
             return self.data_collator(rows)
 
-        own: Any = range(rank, padded, world)  # a dataset of numbers
-        return DataLoader(own, batch_size=self.args.eval_batch_size, collate_fn=collate)
+        return self.shared_out(len(pairs), collate)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Mean loss over *pairs*; the library counts some twice to give each process the same number."""
-        model = self.model_wrapped if self.is_sharded() else self.model
-        model.eval()
+    def held_out(self, model: torch.nn.Module, dataloader: DataLoader) -> dict[str, float]:
+        """Mean loss over *pairs*; `log` has the other figures."""
         total = torch.zeros(2, dtype=torch.float64)  # loss, pairs
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
@@ -93,9 +80,7 @@ class PairLossMixin(TrainerMixin):
             total += torch.tensor([float(loss) * pairs, pairs], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss, pairs = self.ballots(*total.tolist()).sum(0).tolist()
-        none: Any = None  # kept of what was predicted
-        metrics = {f"{metric_key_prefix}_loss": loss / pairs}
-        return EvalLoopOutput(predictions=none, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+        return {"loss": loss / pairs}
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss; in training weighted by this micro-batch's share of the pairs of the step."""

@@ -213,6 +213,32 @@ class TrainerMixin(GuardMixin):
 
     # evaluation and samples
 
+    def shared_out(self, count: int, collate: Callable[[list[int]], dict[str, torch.Tensor]]) -> DataLoader:
+        """Every `world_size`-th of `count` row numbers on each process, on some one from `count` on to be as many."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        own: Any = range(rank, -(-count // world) * world, world)  # a dataset of numbers
+        return DataLoader(own, batch_size=self.args.eval_batch_size, collate_fn=collate)
+
+    def held_out(self, model: torch.nn.Module, dataloader: DataLoader) -> dict[str, float]:
+        """The figures of an evaluation, on all processes."""
+        raise NotImplementedError
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The figures of `held_out`. The library averages over batches, whatever they hold, and counts some rows twice
+        to give each process the same number."""
+        model = self.model_wrapped if self.is_sharded() else self.model
+        model.eval()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.held_out(model, dataloader).items()}
+        none: Any = None  # kept of what was predicted
+        return EvalLoopOutput(predictions=none, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
     def last_evaluation(self) -> dict[str, float]:
         """Metrics of the finished model on the validation rows; evaluates only where training has not done so.
 
@@ -271,18 +297,15 @@ class TokenLossMixin(TrainerMixin):
         return self.ordered_dataloader(blank_row(self.processing_class.pad_token_id), row_lengths)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Every `world_size`-th row on each process; a process that runs out gets a row without labels."""
+        """A process that runs out of rows gets one without labels."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        padded = -(-len(rows) // world) * world
 
         def collate(numbers: list[int]) -> dict[str, torch.Tensor]:
             batch = self.data_collator([rows[min(number, len(rows) - 1)] for number in numbers])
             batch["labels"][torch.tensor(numbers) >= len(rows)] = IGNORE
             return batch
 
-        own: Any = range(rank, padded, world)  # a dataset of numbers
-        return DataLoader(own, batch_size=self.args.eval_batch_size, collate_fn=collate)
+        return self.shared_out(len(rows), collate)
 
     def byte_table(self) -> torch.Tensor | None:
         """Bytes of each token id, (V,), made once; None where the tokenizer has no such thing."""
@@ -291,17 +314,8 @@ class TokenLossMixin(TrainerMixin):
             self._byte_table = None if sizes is None else torch.from_numpy(sizes).to(self.args.device)
         return self._byte_table
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Mean loss over trained *tokens*, and bits per byte; the library averages over batches, whatever they hold."""
-        model = self.model_wrapped if self.is_sharded() else self.model
-        model.eval()
+    def held_out(self, model: torch.nn.Module, dataloader: DataLoader) -> dict[str, float]:
+        """Mean loss over trained *tokens*, and bits per byte."""
         table = self.byte_table()
         place = "cpu" if self.args.device.type == "mps" else self.args.device  # Apple's GPUs know no float64
         total = torch.zeros(3, dtype=torch.float64, device=place)  # nats, tokens, bytes
@@ -319,17 +333,12 @@ class TokenLossMixin(TrainerMixin):
                 total[2] += table[predicted].sum().to(place)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nats, tokens, size = self.accelerator.reduce(total, "sum").tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss": nats / max(tokens, 1),
-            f"{metric_key_prefix}_tokens": int(tokens),
-        }
+        metrics = {"loss": nats / max(tokens, 1), "tokens": int(tokens)}
         if size:
             # Of exactly the text whose tokens were predicted. Control tokens (the end of a document or a reply) have no
             # bytes, but their nats count: the figure is an upper bound, and a tight one for longer texts.
-            metrics[f"{metric_key_prefix}_bits_per_byte"] = nats / math.log(2) / size
-            metrics[f"{metric_key_prefix}_bytes"] = int(size)
-        none: Any = None  # kept of what was predicted
-        return EvalLoopOutput(predictions=none, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+            metrics |= {"bits_per_byte": nats / math.log(2) / size, "bytes": int(size)}
+        return metrics
 
 
 # --- ending -------------------------------------------------------------------------------------------------
